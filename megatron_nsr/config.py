@@ -1,0 +1,224 @@
+"""The configuration schema: one strict model, YAML in, dotted overrides, every field with unit and meaning.
+
+May import: types. Whatever is wrong in a file or an override raises `UserError` naming the field.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from megatron_nsr.types import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A strict, frozen section: an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class RunConfig(Section):
+    dir: str = Field(description="run directory; the same command with the same directory resumes")
+    steps: NonNegative = Field(description="training steps; a step is one batch of prompts")
+    seed: NonNegative = Field(0, description="seed of data order, sampling and initialisation")
+
+
+class ModelConfig(Section):
+    path: str = Field(description="HF directory (config.json, tokenizer, safetensors) or a checkpoint of ours (RUN/checkpoints/step_N)")
+    initialization: Literal["pretrained", "random"] = Field("pretrained", description="random needs only config.json and the tokenizer")
+    backend: Literal["auto", "cpu", "te"] = Field("auto", description="layer implementation: te on CUDA, cpu elsewhere; auto chooses")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32")
+
+
+class ParallelConfig(Section):
+    tensor: Positive = Field(1, description="tensor-parallel ranks")
+    pipeline: Positive = Field(1, description="pipeline stages")
+    virtual_pipeline: Positive = Field(1, description="model chunks a pipeline stage (interleaved schedule when above 1)")
+    sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel ranks")
+    distributed_optimizer: bool = Field(False, description="shard optimizer states over data-parallel ranks")
+
+
+class DataConfig(Section):
+    train: str | None = Field(None, description="training prompts: .parquet, .jsonl, or a saved HF data set's directory")
+    template: Literal["qwen2.5-math", "qwen3", "llama3.1", "plain"] = Field(description="prompt template; plain is the problem's text alone")
+    max_prompt_tokens: Positive = Field(1024, description="longer prompts are left out and counted")
+    prompts_per_step: Positive = Field(1024, description="prompts a step; an epoch's last short batch is dropped")
+    shuffle: bool = Field(True, description="a new order each epoch, from run.seed")
+    limit: Positive | None = Field(None, description="use only the first rows of the training file")
+
+
+class RolloutConfig(Section):
+    samples_per_prompt: Positive = Field(8, description="responses a prompt")
+    max_response_tokens: Positive = Field(3072, description="response budget, tokens")
+    temperature: PositiveFloat = Field(1.0, description="sampling temperature; training samples use neither top-p nor top-k")
+    tensor_parallel: Positive = Field(1, description="ranks that host one engine together")
+    max_num_seqs: Positive = Field(256, description="sequences the engine runs at once")
+    kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; None lets vLLM size it from gpu_memory_utilization")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
+    enforce_eager: bool = Field(False, description="no CUDA graphs")
+    push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB")
+    max_logprob_gap: PositiveFloat | None = Field(None, description="largest |engine - policy| log-prob of a sampled token before the run stops; None only logs it")
+
+
+class RewardConfig(Section):
+    grader: str = Field("math_verify", description="`math_verify` or the import path of a Grader, module:Class")
+    workers: Positive = Field(1, description="grader processes a rollout rank")
+    timeout_s: PositiveFloat = Field(10.0, description="hard deadline of one verdict, seconds; the worker is killed and respawned")
+    memory_limit_mib: Positive = Field(2048, description="address space of a grader process above its size at start, MiB")
+    cache_size: NonNegative = Field(100_000, description="verdicts remembered")
+    truncated: Literal["wrong", "masked"] = Field("wrong", description="the verdict of a response that ran out of tokens")
+
+
+class ObjectiveConfig(Section):
+    name: str = Field(description="psr, nsr, w_reinforce, reinforce, grpo, supervised, or the import path of an Objective, module:Class")
+    lambda_: NonNegativeFloat = Field(0.1, alias="lambda", description="weight of positive samples in w_reinforce")
+    eps_low: Fraction = Field(0.2, description="negative samples stop where the ratio falls below 1 - eps_low")
+    eps_high: NonNegativeFloat = Field(0.2, description="positive samples stop where the ratio exceeds 1 + eps_high")
+    entropy_coefficient: NonNegativeFloat = Field(1e-4, description="entropy bonus over kept tokens, not scaled by lambda")
+    aggregation: Literal["sequence_mean", "token_mean"] = Field("sequence_mean", description="mean over tokens then samples (paper D.1), or over tokens (its code)")
+    normalization: Literal["batch", "per_sign"] = Field("batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches")
+    mini_batch_prompts: Positive = Field(256, description="prompts an optimizer step")
+    dropped_share: Fraction = Field(0.1, description="share of dropped samples on which entropy and log-prob gap are measured all the same")
+
+
+class OptimizerConfig(Section):
+    learning_rate: NonNegativeFloat = Field(1e-6, description="peak learning rate")
+    min_learning_rate: NonNegativeFloat = Field(0.0, description="final learning rate of the cosine schedule")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: NonNegative = Field(0, description="linear warm-up, training steps")
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.01, description="decoupled; never on biases and norms")
+    gradient_clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
+
+
+class TrainingConfig(Section):
+    tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation: none, core attention, whole layers")
+    head_chunk_tokens: Positive = Field(1024, description="tokens whose logits live at once in the LM head")
+
+
+class CheckpointConfig(Section):
+    every: Positive = Field(10, description="steps between checkpoints; one is always written at the end and on SIGTERM")
+    keep: Positive = Field(2, description="checkpoints kept")
+    export_hf: bool = Field(True, description="also write the final policy as an HF directory, RUN/hf")
+
+
+class EvaluationConfig(Section):
+    benchmarks: dict[str, str] = Field(default_factory=dict, description="name: file of problems")
+    every: NonNegative = Field(0, description="steps between evaluations in training; 0 evaluates at the end only")
+    samples: Positive = Field(16, description="responses a problem, the n of Pass@k")
+    limit: Positive | None = Field(None, description="use only the first problems of each file")
+    temperature: PositiveFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: int = Field(-1, ge=-1, description="-1: off")
+    max_response_tokens: Positive | None = Field(None, description="None: rollout.max_response_tokens")
+    entropy_samples: NonNegative = Field(1, description="responses a problem over which heldout/entropy is measured")
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megatron_nsr"
+    samples_every: NonNegative = Field(10, description="steps between kept samples (RUN/samples); 0 keeps none")
+
+
+class Config(Section):
+    """The whole of a run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    parallel: ParallelConfig = ParallelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        data, objective, parallel = self.data, self.objective, self.parallel
+        if data.prompts_per_step % objective.mini_batch_prompts and objective.name != "supervised":
+            raise ValueError(
+                f"objective.mini_batch_prompts={objective.mini_batch_prompts} does not divide data.prompts_per_step={data.prompts_per_step}"
+            )
+        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+            raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
+        if parallel.sequence and parallel.tensor == 1:
+            raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more, not 1")
+        if self.optimizer.min_learning_rate > self.optimizer.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate={self.optimizer.min_learning_rate} is above optimizer.learning_rate={self.optimizer.learning_rate}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file, applies `key=value` overrides and validates.
+
+    Raises UserError with one line that names the field, its value and what would be right.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"config file {path}: no such file")
+    for item in overrides or []:
+        if "=" not in item:
+            raise UserError(f"override {item!r}: write it as section.key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
+    return parse_config(values)
+
+
+def parse_config(values: Any) -> Config:
+    """Validates a plain mapping; raises UserError naming every wrong field."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("config: " + "; ".join(_describe(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
+
+
+def _describe(item: Any) -> str:
+    """One pydantic error as `field=value: what would be right`."""
+    field = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{field}: no such key{_nearest(item['loc'])}"
+    if item["type"] == "missing":
+        return f"{field}: required, but not given"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    return f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """Suggests the schema's keys beside an unknown one."""
+    import difflib
+
+    model: Any = Config
+    for part in location[:-1]:
+        model = model.model_fields[str(part)].annotation
+    names = [info.alias or name for name, info in model.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(names)}"
