@@ -1,0 +1,100 @@
+"""Weighted samples to packed `thd` micro-batches, balanced by tokens over data-parallel ranks and micro-batches.
+
+May import: types.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
+
+
+def sequence_tokens(trajectory: Trajectory) -> int:
+    """Input tokens of a sequence: everything but the last one, which is only a target."""
+    return len(trajectory.prompt_ids) + trajectory.length - 1
+
+
+def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Spreads items over `bins` so that sums are even (longest first, to the emptiest bin); item order is kept within a bin."""
+    heap = [(0, index) for index in range(bins)]
+    contents: list[list[int]] = [[] for _ in range(bins)]
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        total, index = heapq.heappop(heap)
+        contents[index].append(item)
+        heapq.heappush(heap, (total + sizes[item], index))
+    return [sorted(content) for content in contents]
+
+
+def split_by_budget(sizes: Sequence[int], budget: int, multiple: int) -> list[list[int]]:
+    """The fewest balanced bins, a multiple of `multiple`, of which none exceeds `budget` unless it holds a single item."""
+    bins = max(1, -(-sum(sizes) // budget))
+    while True:
+        bins += -bins % multiple
+        contents = balance(sizes, bins)
+        if all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents):
+            return contents
+        bins += 1
+
+
+def pack_micro_batches(
+    samples: Sequence[WeightedSample],
+    *,
+    budget: int,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+    count_multiple: int = 1,
+    token_multiple: int = 1,
+    device: torch.device | None = None,
+) -> list[TrainBatch]:
+    """This data-parallel rank's micro-batches of a mini-batch: at least one, if need be without a real sample.
+
+    budget: tokens a micro-batch. count_multiple: of the number of micro-batches (the interleaved schedule wants a
+    multiple of the pipeline stages). token_multiple: of the tokens (sequence parallelism splits them evenly).
+    """
+    mine = balance([sequence_tokens(s.trajectory) for s in samples], data_parallel_size)[data_parallel_rank]
+    local = [samples[i] for i in mine]
+    bins = split_by_budget([sequence_tokens(s.trajectory) for s in local], budget, count_multiple)
+    return [pack([local[i] for i in content], token_multiple, device) for content in bins]
+
+
+def pack(samples: Sequence[WeightedSample], token_multiple: int = 1, device: torch.device | None = None) -> TrainBatch:
+    """One micro-batch. A masked sequence of zeros fills it up to `token_multiple` (and to one token when it is empty)."""
+    lengths = [sequence_tokens(s.trajectory) for s in samples]
+    total = max(1, sum(lengths))
+    padding = total + (-total % token_multiple) - sum(lengths)
+    filled = [*lengths, padding] if padding else lengths
+    trajectories = [s.trajectory for s in samples]
+    tail = np.zeros(padding)
+    ids = [np.concatenate([np.asarray(t.prompt_ids, np.int64), t.response_ids]) for t in trajectories]
+    per_sequence = {
+        "tokens": ([x[:-1] for x in ids], np.int64),
+        "positions": ([np.arange(n) for n in lengths], np.int64),
+        "targets": ([x[1:] for x in ids], np.int64),
+        "response_mask": ([_on_response(t, True) for t in trajectories], np.bool_),
+        "weights": ([_on_response(s.trajectory, s.weight) for s in samples], np.float32),
+        "scale": ([_on_response(s.trajectory, s.scale) for s in samples], np.float32),
+        "rollout_logprobs": ([_on_response(t, t.rollout_logprobs) for t in trajectories], np.float32),
+    }
+    tensors = {name: torch.from_numpy(np.concatenate([*parts, tail]).astype(dtype)) for name, (parts, dtype) in per_sequence.items()}
+    if padding:
+        tensors["positions"][-padding:] = torch.arange(padding)
+    tensors["cu_seqlens"] = torch.tensor([0, *np.cumsum(filled)], dtype=torch.int32)
+    return TrainBatch(max_seqlen=max(filled), **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def with_old_logprobs(batch: TrainBatch, logprobs: torch.Tensor) -> TrainBatch:
+    """The same micro-batch with the policy's log-probs from before the first update."""
+    return replace(batch, old_logprobs=logprobs)
+
+
+def _on_response(trajectory: Trajectory, value: float | bool | np.ndarray) -> np.ndarray:
+    """A target-aligned row: `value` on the response's targets, 0 on the prompt's."""
+    row = np.zeros(sequence_tokens(trajectory))
+    row[len(trajectory.prompt_ids) - 1 :] = value
+    return row
