@@ -1,0 +1,75 @@
+# Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install test lint format quickstart quickstart-base clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# An existing environment is kept, whatever python3 is.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(firstword $(wildcard $(BIN)/python) python3)
+endif
+# A folder, wheel or index with torch's CPU build: the default build brings 3 GB of CUDA libraries that a CPU run never loads.
+TORCH_WHEELS ?=
+# One thread a process: more of them fight over the same cores.
+OMP_NUM_THREADS ?= 1
+export OMP_NUM_THREADS
+
+TAG_PROGRAM := import sys; print("py%d%d" % sys.version_info[:2])
+TAG := $(shell $(PYTHON) -c '$(TAG_PROGRAM)' 2>/dev/null)
+INSTALLED := $(VENV)/.installed-$(TAG)
+TEST_INSTALLED := $(VENV)/.test-installed-$(TAG)
+LOCKS := requirements/cpu-torch.lock $(wildcard requirements/cpu-$(TAG).lock)
+
+# Debian's Python has venv without ensurepip unless python3-venv is installed; its own pip can fill such an environment.
+MAKE_VENV := $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+  $(PYTHON) -m pip --python $(BIN)/python install -qq --disable-pip-version-check pip; }
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+TORCH_SOURCE := $(if $(TORCH_WHEELS),$(if $(findstring ://,$(TORCH_WHEELS)),--extra-index-url,--find-links) "$(TORCH_WHEELS)")
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PYTHON=python3.11 (or 3.12); TORCH_WHEELS=folder, wheel or index with torch's CPU build (saves 3 GB)"
+
+install: $(INSTALLED) ## make .venv from the lock files (reused while they do not change)
+
+$(INSTALLED): $(LOCKS) pyproject.toml
+	@case "$(TAG)" in \
+	  py311|py312) ;; \
+	  *) echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is $(or $(patsubst py3%,Python 3.%,$(TAG)),not there): try make install PYTHON=python3.11" >&2; exit 1 ;; \
+	esac
+	@[ "$$($(BIN)/python -c '$(TAG_PROGRAM)' 2>/dev/null)" = "$(TAG)" ] || $(MAKE_VENV)
+	@echo "Installing torch (1 of 3) ..."
+	@$(PIP) $(TORCH_SOURCE) -c requirements/cpu-$(TAG).lock -r requirements/cpu-torch.lock
+	@echo "Installing the pinned packages (2 of 3) ..."
+	@$(PIP) --no-deps -r requirements/cpu-$(TAG).lock
+	@echo "Installing megatron_nsr (3 of 3) ..."
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
+	@echo "Installing the test tools ..."
+	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
+	@touch $@
+
+test: $(TEST_INSTALLED) ## run all tests
+	$(BIN)/python -m pytest tests
+
+lint: $(TEST_INSTALLED) ## ruff, its formatter in checking mode, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_nsr $(wildcard tools/*.py tools/*/*.py examples/*.py examples/*/*.py)
+
+format: $(TEST_INSTALLED) ## let ruff format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+quickstart: $(INSTALLED) ## pre-train a tiny model, train it with PSR, NSR and W-REINFORCE, compare: a CPU, 15 minutes
+	$(BIN)/python -m examples.quickstart
+
+quickstart-base: $(INSTALLED) ## only pre-train the quickstart's base model
+	$(BIN)/python -m examples.quickstart --only base
+
+clean: ## remove .venv, caches and build output (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
