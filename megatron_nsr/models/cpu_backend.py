@@ -1,0 +1,174 @@
+"""Layers in plain torch for machines without CUDA, through megatron-core 0.16.1's own extension points (module specs).
+
+May import: megatron.core, platform.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_nsr.platform import cpu_patches
+
+
+class CpuBackend:
+    """The `cpu` backend: gloo, torch's attention and RMSNorm, no fused kernel."""
+
+    name = "cpu"
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        cpu_patches.install()
+
+    def config_overrides(self) -> dict[str, Any]:
+        return {
+            "use_cpu_initialization": True,
+            "gradient_accumulation_fusion": False,
+            "masked_softmax_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+            "batch_p2p_sync": False,
+            # pipeline_parallel/schedules.py frees a sent activation at once; gloo may not have read it yet.
+            "deallocate_pipeline_outputs": False,
+        }
+
+    def block_spec(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+        count = get_num_layers_to_build(config, vp_stage=vp_stage)
+        return TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * count, layer_norm=_TorchNorm)
+
+    def phase(self) -> AbstractContextManager[Any]:
+        return cpu_patches.megatron_phase()
+
+
+class _SdpaAttention(MegatronModule):
+    """megatron-core's core_attention by torch's scaled_dot_product_attention: `sbhd` and packed `thd`, grouped queries, causal."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size != 1:
+            raise ValueError("the cpu backend has no context parallelism; it needs the te backend")
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"the cpu backend has causal attention only, not {attn_mask_type}")
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> torch.Tensor:
+        """[tokens, heads, dim] packed, or [sequence, batch, heads, dim]; the output joins heads and dim.
+
+        `attention_mask` is not read: the mask is causal within each sequence.
+        """
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+        output = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
+        return output.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """One call over right-padded sequences: with a causal mask nobody looks at the padding behind the last token."""
+        lengths = cu_seqlens.diff().long()
+        count, longest = len(lengths), int(lengths.max())
+        offsets = torch.arange(count) * longest - cu_seqlens[:-1].long()
+        index = torch.repeat_interleave(offsets, lengths) + torch.arange(query.size(0))
+
+        def pad(x: torch.Tensor) -> torch.Tensor:
+            padded = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, index, x)
+            return padded.view(count, longest, *x.shape[1:]).transpose(1, 2)
+
+        output = self._attend(pad(query), pad(key), pad(value))
+        return output.transpose(1, 2).reshape(count * longest, -1).index_select(0, index)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, sequence, dim] in and out."""
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        return {}
+
+
+class _TorchNorm:
+    """Builds torch's RMSNorm. megatron-core's WrappedTorchNorm (transformer/torch_norm.py) refuses sequence parallelism, yet all
+    it lacks is the attribute by which finalize_model_grads sums the weight's gradient over the tensor-parallel ranks."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.RMSNorm:  # type: ignore[misc]  # a spec's module is called, and may return what it builds
+        norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]  # megatron-core's mark on a parameter
+        return norm
+
+
+class _CpuSpecProvider(LocalSpecProvider):
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return _TorchNorm
+
+    def core_attention(self) -> type:
+        return _SdpaAttention
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+    provider = _CpuSpecProvider()
+    qk_norm = _TorchNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=provider.column_parallel_linear(),
+        core_attention=provider.core_attention(),
+        linear_proj=provider.row_parallel_linear(),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=_TorchNorm,
+            self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=_TorchNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp_bda=get_bias_dropout_add,
+            # A checkpoint written here has the keys of the te backend, whose linear layers hold their norm.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

@@ -1,0 +1,179 @@
+"""The policy: megatron-core's GPTModel whose last stage hands its hidden states to a head of our own.
+
+May import: megatron.core, config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_nsr.config import ParallelConfig
+from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.hf_config import Llama3Rope, ModelShape
+
+Head = Callable[[torch.Tensor, torch.Tensor, Any], Any]
+
+
+class PolicyModel(GPTModel):
+    """One (virtual) pipeline stage. Packed sequences (`thd`) go in as one row of tokens:
+
+        cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)            # two sequences, of 5 and 7 tokens
+        packing = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=7, max_seqlen_kv=7)
+        with backend.phase():
+            output = chunk(tokens[None], positions[None], None, labels=batch, packed_seq_params=packing)
+
+    With sequence parallelism the tokens must be a multiple of parallel.tensor: append a sequence of padding, counted in cu_seqlens.
+    Every stage needs `packed_seq_params`; only the first reads tokens, only the last reads labels. The last stage returns what
+    `head(hidden [tokens, hidden], weight [vocab_shard, hidden], labels)` returns, the others their hidden states.
+
+    The head sees every token on every tensor-parallel rank and may leave d_hidden partial over those ranks: the backward of the
+    mapping in front of it is the reduction. `vocab_shard` counts padded rows (`padded_vocab_size`); the head masks them.
+    """
+
+    def __init__(self, *args: Any, head: Head, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.head = head
+
+    def head_weight(self) -> torch.Tensor:
+        """The LM head's shard [vocab_shard, hidden] of the last stage; the embedding itself where the two are tied on one stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _postprocess(self, hidden_states: torch.Tensor, input_ids: Any, position_ids: Any, labels: Any, *_args: Any, **_kwargs: Any) -> Any:
+        if not self.post_process:
+            return hidden_states
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        return self.head(hidden.reshape(-1, hidden.size(-1)), self.head_weight(), labels)
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor-parallel ranks; rows past `vocab_size` are zero and mean nothing."""
+    return math.ceil(vocab_size / tensor) * tensor
+
+
+def build_policy(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: Literal["none", "selective", "full"],
+    head: Head,
+) -> list[PolicyModel]:
+    """This rank's model, one chunk per virtual stage, on the layout that `initialize_parallel` set up.
+
+    The weights are not meaningful yet: fill them with `weights.loading.load_hf_weights`, from files or from `random_hf_tensors`, which
+    gives the same model on every layout. All chunks share one TransformerConfig, `chunks[0].config`.
+    """
+    config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute)
+    stages = [None] if parallel.virtual_pipeline == 1 else range(parallel.virtual_pipeline)
+    with backend.phase(), torch.random.fork_rng(devices=[]):
+        return [_build_chunk(shape, parallel, config, backend, head, stage) for stage in stages]
+
+
+def _build_chunk(
+    shape: ModelShape, parallel: ParallelConfig, config: TransformerConfig, backend: Backend, head: Head, vp_stage: int | None
+) -> PolicyModel:
+    chunk = PolicyModel(
+        config,
+        backend.block_spec(config, vp_stage),
+        vocab_size=padded_vocab_size(shape.vocab_size, parallel.tensor),
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=shape.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=shape.rope_theta,
+        vp_stage=vp_stage,
+        head=head,
+    )
+    if shape.rope_scaling is not None:
+        # RotaryEmbedding(rope_scaling=True) fixes all but the factor (models/common/embeddings/rotary_pos_embedding.py).
+        chunk.rotary_pos_emb.inv_freq = llama3_frequencies(shape.rope_theta, shape.head_dim, shape.rope_scaling)
+    return chunk
+
+
+def llama3_frequencies(theta: float, head_dim: int, rope: Llama3Rope) -> torch.Tensor:
+    """Llama 3.1's rotary frequencies, float32 [head_dim / 2].
+
+    Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than original / high_freq_factor
+    kept, and those between blended linearly in original / wavelength (Llama 3.1 reference code, apply_scaling).
+    """
+    frequencies = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    turns = rope.original_max_positions * frequencies / (2 * math.pi)
+    kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / rope.factor
+
+
+def transformer_config(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    backend: Backend,
+    recompute: Literal["none", "selective", "full"],
+) -> TransformerConfig:
+    """megatron-core's configuration of this model on this layout."""
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=shape.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.initializer_range,
+        # Initialising also marks sharded weights as such (tensor_parallel/layers.py), which gradient norms rely on: never skip it.
+        perform_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Packed micro-batches differ in length; a dense model, too, must then name this dispatcher (transformer_config.py).
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        **_layout_fields(parallel),
+        **_recompute_fields(recompute),
+        **backend.config_overrides(),
+    )
+
+
+def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
+    }
+    if parallel.virtual_pipeline > 1:
+        fields["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline
+        # The interleaved schedule gives wrong numbers with batched point-to-point calls over gloo (p2p_communication.py).
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return fields
+
+
+def _recompute_fields(recompute: Literal["none", "selective", "full"]) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -1,0 +1,84 @@
+"""Starts and ends torch.distributed, for torchrun and for a single process alike.
+
+May import: torch and the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# A rank may grade or sample for a long time while the others wait in a collective.
+TIMEOUT = timedelta(hours=2)
+
+
+def init_process_group() -> None:
+    """Initialises the default process group from torchrun's variables, or as a world of one without them.
+
+    gloo on a CPU; nccl for CUDA tensors and gloo for CPU tensors where CUDA is available. Does nothing when already initialised.
+    """
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(free_port())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank() -> int:
+    """This process's rank in the world; 0 where nothing is initialised."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the world; 1 where nothing is initialised."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The picklable `value` of global rank `source`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in rank order."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def destroy() -> None:
+    """Destroys the default process group where there is one; call it last, on every path."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
