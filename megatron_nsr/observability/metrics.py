@@ -1,0 +1,100 @@
+"""The registry of metric names and RUN/metrics.jsonl, the file every number of a run can be read back from.
+
+May import: types and the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_nsr.observability.run_directory import write_atomic
+from megatron_nsr.types import StepMetrics, UserError
+
+# name: meaning, unit. `<...>` stands for a part that the run decides. docs/metrics.md holds the same table, and a test compares the two.
+METRICS: dict[str, str] = {
+    "reward/correct_ratio": "correct responses among those with a verdict, 0 to 1",
+    "reward/fully_solved_ratio": "prompts whose every response with a verdict is correct, share of prompts, 0 to 1",
+    "reward/never_solved_ratio": "prompts without a correct response, share of prompts, 0 to 1",
+    "reward/no_verdict_ratio": "responses without a verdict (grader timeout or crash, unusable reference answer), 0 to 1",
+    "reward/truncated_ratio": "responses that ran out of tokens, 0 to 1",
+    "rollout/response_tokens_mean": "mean response length, tokens",
+    "rollout/logprob_gap_mean": "mean |engine - policy| log-probability of sampled tokens, nats",
+    "rollout/logprob_gap_max": "largest |engine - policy| log-probability of a sampled token, nats",
+    "rollout/weight_version": "version of the policy that sampled the step's responses, count of pushes",
+    "rollout/bytes_pushed": "weights pushed to the rollout engine after the update, bytes",
+    "policy/loss": "policy loss, mean over the step's mini-batches, nats",
+    "policy/loss_psr": "the part of the policy loss that correct responses carry, nats",
+    "policy/loss_nsr": "the part of the policy loss that wrong responses carry, nats",
+    "policy/grad_norm": "global gradient norm before clipping, mean over the step's mini-batches",
+    "policy/grad_norm_head_psr": "gradient norm at the LM head's input from correct responses",
+    "policy/grad_norm_head_nsr": "gradient norm at the LM head's input from wrong responses",
+    "policy/clip_fraction_psr": "tokens of correct responses whose gradient the ratio clip zeroes, 0 to 1",
+    "policy/clip_fraction_nsr": "tokens of wrong responses whose gradient the ratio clip zeroes, 0 to 1",
+    "policy/entropy": "mean entropy of the policy at response tokens, nats a token",
+    "policy/kept_ratio": "responses that the objective trains on, share of all sampled, 0 to 1",
+    "policy/updates": "optimizer steps in the training step, count",
+    "policy/learning_rate": "learning rate of the step's last update",
+    "supervised/loss": "mean negative log-likelihood of reference responses, nats a token",
+    "heldout/entropy": "mean entropy of the policy at response tokens on held-out prompts, nats a token",
+    "eval/<benchmark>/pass@<k>": "unbiased Pass@k, mean over the benchmark's problems, 0 to 1",
+    "data/epoch": "passes over the training prompts, fractional",
+    "time/step_s": "wall time of the whole step, seconds",
+    "time/rollout_s": "wall time of sampling, seconds",
+    "time/reward_s": "wall time of grading that sampling did not hide, seconds",
+    "time/old_logprobs_s": "wall time of the forward passes for old log-probabilities, seconds",
+    "time/update_s": "wall time of forward, backward and optimizer, seconds",
+    "time/weight_sync_s": "wall time of pushing weights to the rollout engine, seconds",
+    "time/eval_s": "wall time of evaluation, seconds",
+    "time/checkpoint_s": "wall time of writing checkpoints, seconds",
+    "time/other_s": "wall time of the step that no other phase counts, seconds",
+    "perf/tokens_per_s": "prompt and response tokens of the step over its wall time, tokens a second",
+}
+
+
+def metric_meaning(name: str) -> str | None:
+    """What a metric name says, `eval/MATH/pass@8` included; None for a name that the registry does not know."""
+    if name in METRICS:
+        return METRICS[name]
+    return METRICS["eval/<benchmark>/pass@<k>"] if re.fullmatch(r"eval/[^/]+/pass@[1-9][0-9]*", name) else None
+
+
+def encode_line(metrics: StepMetrics) -> str:
+    """One line of metrics.jsonl, newline included; what is not finite becomes null, so that every line is strict JSON."""
+    values = {name: float(value) for name, value in metrics.values.items()}
+    record: dict[str, Any] = {"step": metrics.step}
+    record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl in order; a torn last line, as a kill leaves it, is left out.
+
+    Raises UserError naming the line where an earlier one is not an object with a step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _decode(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f"{path} line {number}: not a JSON object with a step")
+    return records
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drops the lines of later steps and a torn last line, so that a resumed run continues after `step`."""
+    if path.is_file():
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in read_metrics(path) if record["step"] <= step))
+
+
+def _decode(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

@@ -1,0 +1,196 @@
+"""A run's directory: where everything lies, atomic writes, and the check that a resumed run is the same experiment.
+
+May import: config, types and libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nsr.config import Config, dump_config, load_config
+from megatron_nsr.types import UserError
+
+# What a resumed run may change: where and how fast it runs and what it records, never what it learns from.
+MAY_CHANGE = frozenset(
+    {
+        "run.dir",  # the directory may have moved
+        "run.steps",
+        "rollout.max_num_seqs",
+        "rollout.kv_cache_mib",
+        "rollout.gpu_memory_utilization",
+        "rollout.push_bucket_mib",
+        "rollout.enforce_eager",
+        "rollout.tensor_parallel",
+        "reward.workers",
+        "reward.timeout_s",
+        "reward.memory_limit_mib",
+        "reward.cache_size",
+    }
+)
+SECTIONS_THAT_MAY_CHANGE = frozenset({"parallel", "logging", "checkpoint", "evaluation", "training"})
+DIFFERENCES_SHOWN = 3
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside one run's directory; nothing is created by naming it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def hf(self) -> Path:
+        """The final policy as a Hugging Face directory."""
+        return self.path / "hf"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def latest(self) -> Path:
+        """What names the newest complete checkpoint."""
+        return self.checkpoints / "latest"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    def evaluation(self, step: int) -> Path:
+        return self.path / "eval" / f"step_{step}.json"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / f"step_{step}.parquet"
+
+    def evaluation_steps(self) -> list[int]:
+        """Steps with an evaluation, ascending."""
+        return _steps_in(self.path / "eval", ".json")
+
+    def sample_steps(self) -> list[int]:
+        """Steps whose trajectories were kept, ascending."""
+        return _steps_in(self.path / "samples", ".parquet")
+
+
+def open_run(config: Config) -> RunDirectory:
+    """Creates `run.dir`, or resumes the run that it holds; either way its config.yaml is `config` afterwards.
+
+    Raises UserError where the directory cannot be made, or holds a run whose config differs in a field that a resume may not change.
+    """
+    run = RunDirectory(Path(config.run.dir))
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir={config.run.dir}: cannot be a directory ({error.strerror}); choose another run.dir") from None
+    if run.config.is_file():
+        _check_resumable(run, config)
+    write_atomic(run.config, dump_config(config))
+    return run
+
+
+def flat_config(config: Config) -> dict[str, Any]:
+    """The config as `section.field: value`, in the schema's order."""
+    return flatten(config.model_dump(mode="json", by_alias=True))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys; an empty mapping leaves no key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on leaving it is synced and renamed to `path`, on an error removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file that a reader sees either whole or not at all, even across a power cut."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object atomically, indented, in the given key order."""
+    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_resumable(run: RunDirectory, config: Config) -> None:
+    try:
+        stored = flat_config(load_config(run.config))
+    except UserError as error:
+        raise UserError(f"run.dir={run.path}: the config of the run it holds cannot be read; choose another run.dir ({error})") from None
+    given = flat_config(config)
+    keys = list(dict.fromkeys([*given, *stored]))
+    changed = [key for key in keys if not _may_change(key) and stored.get(key, ABSENT) != given.get(key, ABSENT)]
+    if changed:
+        shown = ", ".join(f"{key} was {_show(stored, key)} and is {_show(given, key)}" for key in changed[:DIFFERENCES_SHOWN])
+        more = f" and {len(changed) - DIFFERENCES_SHOWN} more" if len(changed) > DIFFERENCES_SHOWN else ""
+        raise UserError(f"run.dir={run.path}: holds a run with another config: {shown}{more}; choose another run.dir")
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.partition(".")[0] in SECTIONS_THAT_MAY_CHANGE
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else ABSENT
+
+
+def _steps_in(directory: Path, suffix: str) -> list[int]:
+    stems = [path.stem.removeprefix("step_") for path in directory.glob(f"step_*{suffix}")]
+    return sorted(int(stem) for stem in stems if stem.isdigit())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
