@@ -1,0 +1,164 @@
+"""Reads and writes Hugging Face model directories: safetensors, config.json and the tokenizer's files.
+
+May import: safetensors, torch, types.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_nsr.types import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Everything beside the weights that belongs to a model and is not rewritten by us.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+class SafetensorsDirectory(Mapping[str, Tensor]):
+    """The tensors of a directory by name, each read when asked for. Files stay open until `close()`.
+
+    Raises UserError naming model.path, the file and the tensor for whatever is missing or cut short.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._handles: dict[str, Any] = {}
+        self._file_of = self._read_index()
+        for file in sorted(set(self._file_of.values())):
+            self._open(file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._file_of:
+            raise UserError(f"model.path={self.path}: no tensor {name} in its safetensors files")
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._open(file).get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"model.path={self.path}: {file}: tensor {name} cannot be read: {error}") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def __enter__(self) -> SafetensorsDirectory:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._handles.clear()
+
+    def _read_index(self) -> dict[str, str]:
+        index = Path(self.path) / INDEX_FILE
+        if not index.is_file():
+            return dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        try:
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"model.path={self.path}: {INDEX_FILE} is no index of safetensors files: {error!r}") from None
+
+    def _open(self, file: str) -> Any:
+        if file not in self._handles:
+            if not (Path(self.path) / file).is_file():
+                raise UserError(f"model.path={self.path}: no file {file}; the model's safetensors files must be complete")
+            try:
+                self._handles[file] = safe_open(str(Path(self.path) / file), framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"model.path={self.path}: {file} is damaged or cut short: {error}") from None
+        return self._handles[file]
+
+
+def write_hf_directory(
+    path: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config_json: Mapping[str, Any],
+    *,
+    copy_from: str | Path | None = None,
+    writer: bool = True,
+    max_file_bytes: int = 4 << 30,
+) -> None:
+    """Writes a directory that Hugging Face and vLLM load; it appears under its name only when it is complete.
+
+    tensors: names and whole tensors, in their dtype. Where they are gathered collectively, every rank calls this function and
+    exhausts the iterator, but only the rank with `writer` writes.
+    copy_from: a directory whose tokenizer files and generation_config.json are copied.
+    An existing directory of that name is replaced.
+    """
+    if not writer:
+        for _ in tensors:
+            pass
+        return
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_tensors(partial, tensors, max_file_bytes)
+    (partial / "config.json").write_text(json.dumps(dict(config_json), indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES if copy_from is not None else ():
+        if (Path(copy_from or "") / name).is_file():
+            shutil.copyfile(Path(copy_from or "") / name, partial / name)
+    _replace_directory(partial, target)
+
+
+def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> None:
+    """Files of at most `max_file_bytes`, or of one tensor; one file has HF's plain name, several have an index."""
+    files: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = held_bytes = 0
+
+    def flush() -> None:
+        save_file(held, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > max_file_bytes:
+            flush()
+            held_bytes = 0
+        # A view of a gathering buffer would drag the whole buffer along, and the buffer is reused.
+        held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        held_bytes, total = held_bytes + size, total + size
+    flush()
+    names = [SINGLE_FILE] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for i, name in enumerate(names):
+        (directory / f"part-{i}").rename(directory / name)
+    if len(files) > 1:
+        weight_map = {tensor: names[i] for i, file in enumerate(files) for tensor in file}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_directory(partial: Path, target: Path) -> None:
+    """A rename cannot replace a directory that is not empty, so the old one steps aside first."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
