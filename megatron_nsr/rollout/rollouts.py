@@ -1,0 +1,101 @@
+"""One step's rollouts over all engines: prompts in, the same complete list of trajectories out on every rank.
+
+May import: types, this package, numpy and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
+from megatron_nsr.rollout.seeds import Purpose, sample_seed
+from megatron_nsr.types import Prompt, Trajectory
+
+
+class Rollouts:
+    """Spreads prompts over the engines, each hosted by `engine_ranks` consecutive ranks, and gathers the trajectories.
+
+    Every rank makes one and makes the same calls. Owns the engine: close() closes it.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        tokenizer_decode: Callable[[Sequence[int]], str],
+        *,
+        run_seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        engine_ranks: int = 1,
+    ) -> None:
+        self._engine = engine
+        self._decode = tokenizer_decode
+        self._run_seed = run_seed
+        self._engines = world_size // engine_ranks
+        self._engine_index = rank // engine_ranks
+        self._speaks_for_engine = rank % engine_ranks == 0
+        # Python objects travel over gloo: NCCL would take them through GPU memory
+        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, step: int, samples: int, sampling: Sampling, purpose: Purpose
+    ) -> list[Trajectory]:
+        """Samples `samples` responses a prompt; the list is ordered by (prompt, sample) and the same on every rank.
+
+        Seeds derive from (run seed, step, prompt id, sample, purpose), so the tokens do not depend on the number of engines.
+        """
+        mine = range(self._engine_index, len(prompts), self._engines)
+        requests = [
+            SampleRequest(prompts[i].token_ids, sample_seed(self._run_seed, step, prompts[i].id, 0, purpose=purpose), samples) for i in mine
+        ]
+        completions = self._engine.generate(requests, sampling)
+        version = self._engine.version
+        assert version is not None  # generate raises without weights
+        sampled: list[Trajectory] = []
+        if self._speaks_for_engine:
+            slots = ((prompt, sample) for prompt in mine for sample in range(samples))
+            sampled = [
+                self._trajectory(prompts[prompt], prompt, sample, completion, version)
+                for (prompt, sample), completion in zip(slots, completions, strict=True)
+            ]
+        return sorted(self._gather(sampled), key=lambda trajectory: (trajectory.prompt, trajectory.sample))
+
+    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Gives this rank's engine new weights under their HF names; see RolloutEngine.load_weights."""
+        self._engine.load_weights(tensors, version)
+
+    def close(self) -> None:
+        """Closes the engine."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _trajectory(self, prompt: Prompt, index: int, sample: int, completion: Completion, version: int) -> Trajectory:
+        stopped = completion.finish_reason == "stop"
+        spoken = completion.token_ids[:-1] if stopped else completion.token_ids
+        return Trajectory(
+            prompt=index,
+            sample=sample,
+            prompt_ids=prompt.token_ids,
+            response_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            weight_version=version,
+            text=self._decode(spoken.tolist()),
+        )
+
+    def _gather(self, sampled: list[Trajectory]) -> list[Trajectory]:
+        if self._group is None:
+            return sampled
+        parts: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(parts, sampled, group=self._group)
+        return [trajectory for part in parts for trajectory in part]

@@ -1,0 +1,188 @@
+"""vLLM in this process as a rollout engine: one a rank, or one over consecutive ranks (external launcher).
+
+May import: types, this package, torch, transformers and, in functions only (its import takes seconds), vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
+from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
+from megatron_nsr.types import UserError
+
+CPU_BATCHED_TOKENS = 4096  # tokens of one forward pass
+
+
+def check_tensor_parallel(tensor_parallel: int, *, world_size: int, attention_heads: int) -> None:
+    """Raises UserError unless groups of `tensor_parallel` ranks fill the world and divide the heads."""
+    if world_size % tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={tensor_parallel} does not divide the number of processes, {world_size}")
+    if attention_heads % tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={tensor_parallel} does not divide num_attention_heads={attention_heads}")
+
+
+class VllmEngine:
+    """A RolloutEngine over vLLM.
+
+    Under torchrun every rank makes one, at the same time, after torch.distributed is initialised; ranks
+    [k * tensor_parallel, (k + 1) * tensor_parallel) host engine k. One engine a process at a time. `model_dir` needs only a
+    config.json: the weights come with the first push. `kv_cache_mib` None sizes the cache from `gpu_memory_utilization`
+    (on CPU: of the machine's memory). On CPU the engine is always eager.
+
+    Raises UserError where `tensor_parallel` does not fit.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int = 256,
+        kv_cache_mib: int | None = None,
+        gpu_memory_utilization: float = 0.5,
+        enforce_eager: bool = False,
+        tensor_parallel: int = 1,
+    ) -> None:
+        from transformers import AutoConfig
+
+        on_cpu = not torch.cuda.is_available()
+        config = AutoConfig.from_pretrained(model_dir)
+        self._distributed = dist.is_initialized()
+        world_size = dist.get_world_size() if self._distributed else 1
+        check_tensor_parallel(tensor_parallel, world_size=world_size, attention_heads=config.num_attention_heads)
+        prepare_environment(on_cpu=on_cpu)
+        from vllm import LLM
+
+        # vLLM's CPU backend repacks the head's weight; a reload renews the embedding but not the packed copy of a tied head
+        # (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, 0.32.0): there the head is a tensor of its own
+        self._copy_embedding = on_cpu and bool(config.tie_word_embeddings)
+        options: dict[str, Any] = {
+            "hf_overrides": {"tie_word_embeddings": False} if self._copy_embedding else None,
+            "kv_cache_memory_bytes": kv_cache_mib * 2**20 if kv_cache_mib else None,
+            "distributed_executor_backend": "external_launcher" if world_size > 1 else None,
+            **(_cpu_options(max_model_len) if on_cpu else {"enforce_eager": enforce_eager}),
+        }
+        with caller_state_kept(), private_shared_memory() if on_cpu and tensor_parallel > 1 else nullcontext():
+            self._llm = LLM(
+                str(model_dir),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization,
+                tensor_parallel_size=tensor_parallel,
+                load_format="dummy",  # the first push brings the weights
+                skip_tokenizer_init=True,  # ids in, ids out
+                generation_config="vllm",  # ignores the model's own sampling defaults
+                logprobs_mode="processed_logprobs",  # of the tempered distribution; measured as cheap as the raw ones
+                seed=0,  # never drawn from: every request has its own
+                **options,
+            )
+        self._max_model_len = max_model_len
+        self._vocabulary = int(config.vocab_size)
+        self._expected = self._llm.apply_model(_checkpoint_names)[0]
+        self._version: int | None = None
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights it samples from; None before the first push and after a failed one."""
+        return self._version
+
+    def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
+        """Samples; see RolloutEngine. A response also ends, as "length", where prompt and response fill max_model_len.
+
+        Raises RuntimeError before the first push, ValueError for a prompt that leaves no room for a response.
+        """
+        if self._version is None:
+            raise RuntimeError("the rollout engine has no weights yet: push them before generating")
+        for request in requests:
+            if not 0 < len(request.prompt_ids) < self._max_model_len:
+                raise ValueError(f"a prompt of {len(request.prompt_ids)} tokens: 1 to {self._max_model_len - 1} fit max_model_len")
+        if not requests:
+            return []
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+        parameters = [vllm_sampling_params(request, sampling) for request in requests]
+        with caller_state_kept():
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_completion(output) for request_output in outputs for output in request_output.outputs]
+
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces every weight; see RolloutEngine."""
+        self._version = None
+        pushed = PushedWeights(tensors, self._expected, vocabulary=self._vocabulary, copy_embedding=self._copy_embedding)
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(pushed)})
+        finally:
+            pushed.drain()
+        pushed.check()
+        # cached keys and values were computed with the old weights
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self._version = version
+
+    def close(self) -> None:
+        """Frees the engine; a second call does nothing. A process group that existed before the engine stays usable."""
+        self._version = None
+        with default_process_group_kept() if self._distributed else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def vllm_sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
+    """vLLM's SamplingParams of one request, every parameter that shapes the distribution explicit."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=request.n,
+        seed=request.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        max_tokens=sampling.max_tokens,
+        min_tokens=0,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,  # the stop ids alone end a response, not what the model's config calls its end
+        detokenize=False,
+        logprobs=0,  # of the sampled id only
+        flat_logprobs=True,  # plain lists instead of a dict and an object a token: 5 % of a small model's CPU time
+    )
+
+
+def _cpu_options(max_model_len: int) -> dict[str, Any]:
+    # A prompt split over two passes makes vLLM turn back the generator of a seeded request, which raises on CPU: "CPU Generator
+    # does not use offset" (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync, 0.32.0). So prompts are never split.
+    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len)}
+
+
+def _checkpoint_names(model: torch.nn.Module) -> frozenset[str]:
+    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    return checkpoint_names((name for name, _ in model.named_parameters()), packed)
+
+
+def _completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}, not with stop or length")
+    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
+    token_ids = np.asarray(output.token_ids, dtype=np.int32)
+    if len(logprobs) != len(token_ids):
+        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probs for {len(token_ids)} tokens")
+    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=output.finish_reason)

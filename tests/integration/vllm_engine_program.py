@@ -1,0 +1,156 @@
+"""Drives one real VllmEngine through the cases of test_vllm_engine.py and writes what it saw as JSON.
+
+A program of its own because an engine changes its process and takes seconds to start. Usage: program OUT_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.vllm_engine import VllmEngine
+
+VOCABULARY, MAX_MODEL_LEN = 160, 192
+NO_STOP = Sampling(temperature=1.0, max_tokens=12, stop_ids=())
+
+
+def random_model(seed: int) -> PreTrainedModel:
+    """A tied Qwen3 whose weights are large enough for distributions far from uniform."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=256, rope_theta=10000.0, tie_word_embeddings=True, eos_token_id=7, pad_token_id=0,
+        bos_token_id=None, initializer_range=0.25, architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tensors(model: PreTrainedModel, leave_out: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, parameter.detach()) for name, parameter in model.named_parameters() if name != leave_out)
+
+
+def requests(count: int = 6, length: int = 9, n: int = 1) -> list[SampleRequest]:
+    draw = random.Random(length)
+    return [SampleRequest(tuple(draw.randrange(8, VOCABULARY) for _ in range(length)), seed=2**62 + 1000 * i, n=n) for i in range(count)]
+
+
+def largest_gap(model: PreTrainedModel, asked: list[SampleRequest], got: list[Completion], temperature: float = 1.0) -> float:
+    """The largest |engine - HF| log-prob over all sampled tokens (requests with n = 1)."""
+    gaps = []
+    for request, completion in zip(asked, got, strict=True):
+        ids = torch.tensor([*request.prompt_ids, *completion.token_ids.tolist()])
+        with torch.no_grad():
+            logits = model(ids[None, :-1]).logits[0, len(request.prompt_ids) - 1 :]
+        expected = (logits / temperature).log_softmax(-1).gather(1, ids[len(request.prompt_ids) :, None])[:, 0]
+        gaps.append(float((expected - torch.from_numpy(completion.logprobs)).abs().max()))
+    return max(gaps)
+
+
+def ids(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids.tolist() for completion in completions]
+
+
+def message(call: Callable[[], Any]) -> str:
+    """`ErrorType: message` of what the call raises, or "nothing"."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def weights_cases(engine: VllmEngine, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, Any]:
+    """Pushes: none, an incomplete one, two models, and the prefix cache in between."""
+    short, long = requests(), requests(count=3, length=150)
+    seen: dict[str, Any] = {"no_weights": message(lambda: engine.generate(short, NO_STOP)), "version_before": engine.version}
+    engine.load_weights(tensors(old), 0)
+    seen["gap_first"] = largest_gap(old, short, engine.generate(short, NO_STOP))
+    first_long = engine.generate(long, NO_STOP)
+    seen["gap_long_first"] = largest_gap(old, long, first_long)
+    seen["gap_long_cached"] = largest_gap(old, long, engine.generate(long, NO_STOP))
+
+    rest = tensors(old, leave_out="model.layers.1.self_attn.k_proj.weight")
+    seen["incomplete"] = message(lambda: engine.load_weights(rest, 1))
+    seen["incomplete_left"] = len(list(rest))
+    seen["after_incomplete"] = message(lambda: engine.generate(short, NO_STOP))
+    stray = iter([("model.layers.9.mlp.up_proj.weight", torch.ones(2, 2)), *tensors(old)])
+    seen["unknown"] = message(lambda: engine.load_weights(stray, 1))
+    padded = iter([(name, torch.cat([w, w]) if "embed" in name else w) for name, w in tensors(old)])
+    seen["padded"] = message(lambda: engine.load_weights(padded, 1))
+    seen["padded_left"] = len(list(padded))
+
+    engine.load_weights(tensors(new), 2)
+    seen["version"] = engine.version
+    seen["gap_new"] = largest_gap(new, short, engine.generate(short, NO_STOP))
+    seen["gap_long_new"] = largest_gap(new, long, engine.generate(long, NO_STOP))
+    seen["models_differ"] = largest_gap(new, long, first_long)
+    return seen
+
+
+def sampling_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]:
+    """Temperature, stop ids, finish reasons and seeds."""
+    asked = requests(count=8)
+    plain = engine.generate(asked, NO_STOP)
+    tempered = engine.generate(asked, Sampling(temperature=0.7, max_tokens=12, stop_ids=()))
+    seen: dict[str, Any] = {
+        "gap_tempered": largest_gap(model, asked, tempered, 0.7),
+        "gap_tempered_raw": largest_gap(model, asked, tempered, 1.0),
+        "plain": ids(plain),
+        "again": ids(engine.generate(asked, NO_STOP)),
+        "halves": ids(engine.generate(asked[4:], NO_STOP) + engine.generate(asked[:4], NO_STOP)),
+        "dtypes": [str(plain[0].token_ids.dtype), str(plain[0].logprobs.dtype)],
+        "plain_reasons": [completion.finish_reason for completion in plain],
+    }
+    grouped = engine.generate([SampleRequest(asked[0].prompt_ids, seed=50, n=3)], NO_STOP)
+    single = [engine.generate([SampleRequest(asked[0].prompt_ids, seed=50 + i)], NO_STOP)[0] for i in range(3)]
+    seen |= {"grouped": ids(grouped), "single": ids(single)}
+    # every response's third and fifth id as the stop ids: the stop must come at the first of any of them
+    stops = sorted({int(completion.token_ids[k]) for completion in plain[:2] for k in (2, 4)})
+    stopped = engine.generate(asked, Sampling(temperature=1.0, max_tokens=12, stop_ids=tuple(stops)))
+    seen |= {"stops": stops, "stopped": ids(stopped), "stopped_reasons": [completion.finish_reason for completion in stopped]}
+    fills = engine.generate(requests(count=1, length=MAX_MODEL_LEN - 3), Sampling(temperature=1.0, max_tokens=100, stop_ids=()))
+    seen["fills_model_len"] = [len(fills[0].token_ids), fills[0].finish_reason]
+    seen["too_long"] = message(lambda: engine.generate(requests(count=1, length=MAX_MODEL_LEN), NO_STOP))
+    many = engine.generate(requests(count=60, length=120, n=2), Sampling(temperature=1.0, max_tokens=2, stop_ids=()))
+    seen["many_prompt_tokens"] = len(many)
+    greedy = Sampling(temperature=0.0, max_tokens=6, stop_ids=())
+    seen["greedy_same"] = ids(engine.generate([SampleRequest(asked[0].prompt_ids, seed=s) for s in (1, 2)], greedy))
+    return seen
+
+
+def process_state() -> list[Any]:
+    state = torch.get_rng_state().numpy().tobytes().hex()
+    return [state, np.random.get_state()[1].tolist(), hash(random.getstate()), id(torch.set_num_threads)]
+
+
+def main(out: Path) -> None:
+    old, new = random_model(1), random_model(2)
+    (out / "model").mkdir()
+    old.config.save_pretrained(out / "model")
+    (out / "model" / "generation_config.json").write_text(json.dumps({"temperature": 0.01, "top_k": 1, "max_new_tokens": 2, "eos_token_id": 7}))
+    before = process_state()
+    seen: dict[str, Any] = {}
+    with VllmEngine(out / "model", dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=64, kv_cache_mib=64) as engine:
+        seen["start_left_state"] = process_state() == before
+        seen |= weights_cases(engine, old, new)
+        seen |= sampling_cases(engine, new)
+        seen["use_left_state"] = process_state() == before
+    (out / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
