@@ -1,6 +1,6 @@
 """The dataclasses that cross a boundary between packages.
 
-May import: numpy, torch and the standard library. Dimension names: tokens, hidden, vocab_shard, prompts, samples.
+May import: numpy and the standard library; torch for type checking only, so that grader processes start light. Dimension names: tokens, hidden, vocab_shard, prompts, samples.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UserError(Exception):
