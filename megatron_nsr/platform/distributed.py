@@ -54,6 +54,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched_rank() -> int:
+    """The rank that torchrun gave this process, known before anything is initialised."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """The processes that torchrun started, known before anything is initialised."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The picklable `value` of global rank `source`, on every rank."""
     if world_size() == 1:

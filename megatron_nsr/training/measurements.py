@@ -14,7 +14,7 @@ from megatron_nsr.losses.policy_head import HeadOutputs
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
-_MEASURED = ("tokens", "entropy", "gap")
+_MEASURED = ("tokens", "entropy", "logprob", "gap")
 _UPDATED = ("loss", "loss_psr", "loss_nsr", "tokens_psr", "tokens_nsr", "clipped_psr", "clipped_nsr")
 
 
@@ -44,6 +44,7 @@ def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> To
         gap = (output.logprobs - batch.rollout_logprobs.to(output.logprobs))[mask].abs()
         total.add("tokens", mask.sum())
         total.add("entropy", output.entropy[mask].double().sum())
+        total.add("logprob", output.logprobs[mask].double().sum())
         total.add("gap", gap.double().sum())
         total.max_gap = max(total.max_gap, float(gap.max()) if len(gap) else 0.0)
     return total
@@ -65,11 +66,12 @@ def measure_update(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]
 def measured_metrics(kept: TokenSums, probed: TokenSums, probe_weight: float, groups: ParallelGroups) -> dict[str, float]:
     """Entropy and gap of the step's samples, each dropped sample that was measured counting `probe_weight` times."""
     kept, probed = kept.reduced(groups, _MEASURED), probed.reduced(groups, _MEASURED)
-    tokens, entropy, gap = (kept.sums[name] + probe_weight * probed.sums[name] for name in _MEASURED)
+    tokens, entropy, logprob, gap = (kept.sums[name] + probe_weight * probed.sums[name] for name in _MEASURED)
     if not tokens:
         return {}
     return {
         "policy/entropy": entropy / tokens,
+        "policy/logprob": logprob / tokens,
         "rollout/logprob_gap_mean": gap / tokens,
         "rollout/logprob_gap_max": max(kept.max_gap, probed.max_gap),
     }

@@ -1,0 +1,134 @@
+"""The commands; no logic. Heavy imports wait for the command that needs them.
+
+Exit status: 0 done; 1 failed while running; 2 wrong input; 3 stopped by a signal after a clean checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_nsr.types import UserError
+
+DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="RLVR at Megatron scale, split by the sign of the reward.")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train, or resume the run in run.dir. Also: torchrun --nproc-per-node N -m megatron_nsr train CONFIG ..."""
+
+    def work() -> int:
+        from megatron_nsr.config import load_config
+
+        settings = load_config(config, overrides)
+        from megatron_nsr.trainer import train as run
+
+        return STOPPED if run(settings) == "stopped" else DONE
+
+    _exit(work)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Pass@k of model.path (a Hugging Face directory or a checkpoint) on evaluation.benchmarks, to RUN/eval/step_N.json."""
+
+    def work() -> int:
+        from megatron_nsr.config import load_config
+
+        settings = load_config(config, overrides)
+        from megatron_nsr.evaluator import evaluate as run
+
+        run(settings)
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
+def score(
+    generations: Annotated[Path, typer.Argument(help="JSONL of question_id, response, and answer or label")],
+    out: Annotated[Path, typer.Option(help="where the verdicts go, one JSON object a line")],
+    workers: Annotated[int, typer.Option(help="grader processes", min=1)] = 1,
+    timeout_s: Annotated[float, typer.Option(help="deadline of one verdict, seconds", min=0.01)] = 10.0,
+    grader: Annotated[str, typer.Option(help="math_verify, or a Grader's import path")] = "math_verify",
+) -> None:
+    """Grade anyone's samples and print Pass@k; needs neither a model nor a GPU."""
+
+    def work() -> int:
+        from rich.console import Console
+
+        from megatron_nsr.evaluation.score import render, score_file
+
+        Console().print(render(score_file(generations, out, grader=grader, workers=workers, timeout_s=timeout_s)))
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories; the first is what the others are compared with", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="the HTML file")],
+) -> None:
+    """One self-contained HTML page: Pass@k curves, entropy, per-sign diagnostics, timings."""
+
+    def work() -> int:
+        from megatron_nsr.evaluation.report import write_report
+
+        write_report(runs, out)
+        typer.echo(f"report: {out}")
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what works here, what is missing and how to get it."""
+
+    def work() -> int:
+        from rich.console import Console
+
+        from megatron_nsr.platform.doctor import can_train, diagnose, render
+
+        checks = diagnose()
+        Console().print(render(checks))
+        return DONE if can_train(checks) else FAILED
+
+    _exit(work)
+
+
+def main() -> None:
+    """The console script. One thread a rank unless told otherwise: ranks and the engine share the cores."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    app()
+
+
+def _exit(work: Callable[[], int]) -> None:
+    """Ends the process with the status of `work`: no traceback for wrong input, one for a failure."""
+    try:
+        status = work()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-nsr: {error}", file=sys.stderr)
+        status = WRONG_INPUT
+    except Exception:
+        traceback.print_exc()
+        status = FAILED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (DONE, STOPPED):
+        raise SystemExit(status)
+    # A failed rank must not wait for the others in a collective that its teardown would start.
+    os._exit(status)

@@ -1,0 +1,166 @@
+"""From a configuration to the parts of a run: data, policy, engine, graders. Cheap checks come first, slow starts last.
+
+May import: everything below the trainer.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nsr.config import Config
+from megatron_nsr.data.prompts import PromptSet, load_prompts
+from megatron_nsr.data.sampler import PromptSampler
+from megatron_nsr.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_nsr.evaluation.benchmarks import Benchmarks
+from megatron_nsr.experience import ExperienceSource, GradedRollouts, References
+from megatron_nsr.models.backends import Backend, choose_backend
+from megatron_nsr.models.hf_config import ModelShape, read_model_shape
+from megatron_nsr.models.parallel import validate_layout
+from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.objectives.registry import build_objective
+from megatron_nsr.platform import distributed
+from megatron_nsr.rewards.pool import GraderPool
+from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.training.actor import Actor
+from megatron_nsr.training.setup import build_actor
+from megatron_nsr.types import UserError
+from megatron_nsr.weights.gathering import gather_hf_tensors
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that is read and checked before anything slow starts."""
+
+    shape: ModelShape
+    tokenizer: Tokenizer
+    backend: Backend
+    train: PromptSet | None
+    benchmarks: dict[str, PromptSet]
+    objective: Objective | None  # None: supervised
+
+
+def read_inputs(config: Config, *, training: bool) -> Inputs:
+    """Reads model description, tokenizer and data; raises UserError for whatever is missing, broken or impossible."""
+    shape = read_model_shape(config.model.path)
+    validate_layout(config.parallel, shape, distributed.launched_world_size())
+    tokenizer = load_tokenizer(config.model.path)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
+    objective = None
+    if config.objective.name != "supervised":
+        settings = config.objective
+        objective = build_objective(settings.name, lambda_=settings.lambda_, entropy_coefficient=settings.entropy_coefficient)
+    if training and config.data.train is None:
+        raise UserError("data.train: required for training, but not given")
+    return Inputs(
+        shape=shape,
+        tokenizer=tokenizer,
+        backend=choose_backend(config.model.backend),
+        train=_read(config, tokenizer, config.data.train, "data.train", config.data.limit) if training and config.data.train else None,
+        benchmarks={
+            name: _read(config, tokenizer, path, f"evaluation.benchmarks.{name}", config.evaluation.limit)
+            for name, path in config.evaluation.benchmarks.items()
+        },
+        objective=objective,
+    )
+
+
+def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
+    return PromptSampler(
+        len(prompts.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The running parts. `rollouts` and `graders` are absent where nothing is sampled (supervised without benchmarks)."""
+
+    actor: Actor
+    rollouts: Rollouts | None
+    graders: GraderPool | None
+    benchmarks: Benchmarks | None
+    source: ExperienceSource
+    shape: ModelShape
+    bucket_bytes: int
+
+    @property
+    def pushes_every_step(self) -> bool:
+        """Whether the next step samples from the new weights."""
+        return isinstance(self.source, GradedRollouts)
+
+    def push(self, version: int) -> None:
+        """Gathers the policy's weights and hands them to the engine as `version`. A collective call."""
+        if self.rollouts is not None:
+            self.rollouts.push(gather_hf_tensors(self.actor.chunks, self.shape, self.bucket_bytes), version)
+
+
+def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Components:
+    """Starts graders, policy and engine, in that order; `stack` closes them in the reverse one."""
+    samples = config.objective.name != "supervised" or bool(inputs.benchmarks)
+    graders = rollouts = benchmarks = None
+    if samples:
+        reward = config.reward
+        graders = stack.enter_context(
+            GraderPool(
+                reward.grader,
+                workers=reward.workers,
+                timeout_s=reward.timeout_s,
+                memory_limit_mib=reward.memory_limit_mib,
+                cache_size=reward.cache_size,
+            )
+        )
+    distributed.init_process_group()
+    actor = build_actor(config, inputs.shape, inputs.backend)
+    if graders is not None:
+        rollouts = _build_rollouts(config, inputs, stack)
+        benchmarks = Benchmarks(
+            inputs.benchmarks,
+            rollouts,
+            graders,
+            config.evaluation,
+            config.reward,
+            max_response_tokens=config.rollout.max_response_tokens,
+            stop_ids=inputs.tokenizer.stop_ids,
+        )
+    source: ExperienceSource = References(inputs.tokenizer, config)
+    if inputs.objective is not None and rollouts is not None and graders is not None:
+        source = GradedRollouts(rollouts, graders, inputs.objective, config, inputs.tokenizer.stop_ids)
+    return Components(actor, rollouts, graders, benchmarks, source, inputs.shape, config.rollout.push_bucket_mib * MIB)
+
+
+def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
+    from megatron_nsr.rollout.vllm_engine import VllmEngine
+
+    rollout = config.rollout
+    response = max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    engine = stack.enter_context(
+        VllmEngine(
+            config.model.path,
+            dtype=config.model.dtype,
+            max_model_len=min(config.data.max_prompt_tokens + response, inputs.shape.max_positions),
+            max_num_seqs=rollout.max_num_seqs,
+            kv_cache_mib=rollout.kv_cache_mib,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            enforce_eager=rollout.enforce_eager,
+            tensor_parallel=rollout.tensor_parallel,
+        )
+    )
+    return Rollouts(
+        engine,
+        inputs.tokenizer.decode,
+        run_seed=config.run.seed,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        engine_ranks=rollout.tensor_parallel,
+    )
+
+
+def _read(config: Config, tokenizer: Tokenizer, path: str, field: str, limit: int | None) -> PromptSet:
+    data = config.data
+    return load_prompts(
+        Path(path), field=field, tokenizer=tokenizer, template=data.template, max_prompt_tokens=data.max_prompt_tokens, limit=limit
+    )

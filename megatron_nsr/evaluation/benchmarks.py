@@ -1,0 +1,86 @@
+"""Pass@k of the policy on benchmarks, and its entropy on their prompts.
+
+May import: config, types, training, rollout, rewards, data, observability, the rest of evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_nsr.config import EvaluationConfig, RewardConfig
+from megatron_nsr.data.prompts import PromptSet
+from megatron_nsr.evaluation.pass_at_k import default_ks, pass_at_k_curve
+from megatron_nsr.rewards.pool import GraderPool
+from megatron_nsr.rewards.sharing import grade_shared
+from megatron_nsr.rollout.engine import Sampling
+from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.training.actor import Actor
+from megatron_nsr.types import Outcome, Prompt, Trajectory, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """`result` is what eval/step_N.json holds, `metrics` what the loggers get."""
+
+    result: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Benchmarks:
+    """Samples n responses a problem from the engine's weights and grades them; every rank calls `run` together."""
+
+    def __init__(
+        self,
+        benchmarks: Mapping[str, PromptSet],
+        rollouts: Rollouts,
+        graders: GraderPool,
+        settings: EvaluationConfig,
+        reward: RewardConfig,
+        *,
+        max_response_tokens: int,
+        stop_ids: tuple[int, ...],
+    ) -> None:
+        self.benchmarks, self.rollouts, self.graders, self.settings, self.reward = benchmarks, rollouts, graders, settings, reward
+        self.sampling = Sampling(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_response_tokens or max_response_tokens,
+            stop_ids=stop_ids,
+        )
+
+    def run(self, step: int, actor: Actor) -> Evaluation:
+        """Evaluates the weights that were pushed last. The samples' seeds are the same at every step and for every run."""
+        result: dict[str, Any] = {"step": step, "benchmarks": {}, "heldout_entropy": None}
+        metrics: dict[str, float] = {}
+        measured: list[Trajectory] = []
+        for name, problems in self.benchmarks.items():
+            prompts = problems.prompts
+            trajectories = self.rollouts.generate(
+                prompts, step=0, samples=self.settings.samples, sampling=self.sampling, purpose="eval"
+            )
+            verdicts = grade_shared(trajectories, prompts, self.graders, self.reward.truncated)
+            scored = score_benchmark(prompts, verdicts, self.settings.samples)
+            result["benchmarks"][name] = {**scored, "too_long": problems.too_long}
+            metrics |= {f"eval/{name}/pass@{k}": value for k, value in scored["pass_at_k"].items()}
+            measured += [t for t in trajectories if t.sample < self.settings.entropy_samples]
+        if measured:
+            result["heldout_entropy"] = metrics["heldout/entropy"] = actor.measure_samples(measured)["policy/entropy"]
+        return Evaluation(result, metrics)
+
+
+def score_benchmark(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
+    """Counts per problem and the mean Pass@k; a sample without a verdict counts as not correct, and is reported."""
+    correct = [
+        sum(verdict.outcome is Outcome.CORRECT for verdict in verdicts[start : start + samples])
+        for start in range(0, len(verdicts), samples)
+    ]
+    curve = pass_at_k_curve(correct, [samples] * len(prompts), default_ks(samples))
+    return {
+        "n": samples,
+        "pass_at_k": {str(k): value for k, value in curve.items()},
+        "no_verdict": sum(verdict.outcome is Outcome.NONE for verdict in verdicts),
+        "problems": [{"id": prompt.id, "correct": count, "n": samples} for prompt, count in zip(prompts, correct, strict=True)],
+    }

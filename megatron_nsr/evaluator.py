@@ -1,0 +1,40 @@
+"""`evaluate`: Pass@k of a checkpoint on benchmarks, without training. May import: everything below the trainer."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_nsr.components import build_components, read_inputs
+from megatron_nsr.config import Config
+from megatron_nsr.evaluation.score import pass_at_k_table
+from megatron_nsr.observability.run_directory import open_run, write_json
+from megatron_nsr.platform import distributed
+from megatron_nsr.training.checkpoints import RUN_FILE, is_checkpoint
+from megatron_nsr.types import UserError
+
+
+def evaluate(config: Config) -> None:
+    """Samples and grades `evaluation.benchmarks` with the weights of `model.path`; writes run.dir/eval/step_N.json.
+
+    N is the checkpoint's step, 0 for a Hugging Face directory.
+    """
+    if not config.evaluation.benchmarks:
+        raise UserError("evaluation.benchmarks: no benchmark is named; give at least one, as evaluation.benchmarks.MATH=FILE")
+    inputs = read_inputs(config, training=False)
+    run = open_run(config)
+    path = Path(config.model.path)
+    step = json.loads((path / RUN_FILE).read_text())["step"] if is_checkpoint(path) else 0
+    with ExitStack() as stack:
+        parts = build_components(config, inputs, stack)
+        assert parts.benchmarks is not None
+        parts.push(step)
+        result = parts.benchmarks.run(step, parts.actor).result
+        if distributed.rank() == 0:
+            write_json(run.evaluation(step), result)
+            for name, scores in result["benchmarks"].items():
+                Console().print(pass_at_k_table(f"{name}, {len(scores['problems'])} problems", scores["pass_at_k"]))
+            Console().print(f"written to {run.evaluation(step)}")

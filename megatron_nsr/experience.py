@@ -1,0 +1,132 @@
+"""Where a step's training data comes from: rollouts that are graded and weighed, or reference responses.
+
+May import: everything below the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_nsr.clock import PhaseClock
+from megatron_nsr.config import Config
+from megatron_nsr.data.tokenizers import Tokenizer
+from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch, token_scales
+from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.rewards.pool import GraderPool
+from megatron_nsr.rewards.sharing import grade_shared
+from megatron_nsr.rollout.engine import Sampling
+from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.types import Prompt, Trajectory, UserError, Verdict, WeightedSample
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """A step's batch, what it was made of (for the kept samples) and its metrics."""
+
+    batch: StepBatch
+    trajectories: Sequence[Trajectory]
+    verdicts: Sequence[Verdict]
+    metrics: dict[str, float]
+
+
+class ExperienceSource(Protocol):
+    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience: ...
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The policy's metrics of the step as they are to be logged."""
+        ...
+
+
+class GradedRollouts:
+    """Reinforcement learning: sample, grade, weigh."""
+
+    def __init__(self, rollouts: Rollouts, graders: GraderPool, objective: Objective, config: Config, stop_ids: tuple[int, ...]) -> None:
+        self.rollouts, self.graders, self.objective, self.config = rollouts, graders, objective, config
+        rollout = config.rollout
+        self.sampling = Sampling(
+            temperature=rollout.temperature, top_p=1.0, top_k=-1, max_tokens=rollout.max_response_tokens, stop_ids=stop_ids
+        )
+
+    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
+        samples, settings = self.config.rollout.samples_per_prompt, self.config.objective
+        with clock("rollout"):
+            trajectories = self.rollouts.generate(prompts, step=step, samples=samples, sampling=self.sampling, purpose="train")
+        with clock("reward"):
+            verdicts = grade_shared(trajectories, prompts, self.graders, self.config.reward.truncated)
+        batch = build_step_batch(
+            trajectories,
+            verdicts,
+            self.objective,
+            samples_per_prompt=samples,
+            mini_batch_prompts=settings.mini_batch_prompts,
+            aggregation=settings.aggregation,
+            normalization=settings.normalization,
+        )
+        kept = sum(len(mini_batch) for mini_batch in batch.mini_batches)
+        metrics = {**verdict_metrics(verdicts, samples), **trajectory_metrics(trajectories), "policy/kept_ratio": kept / len(trajectories)}
+        return Experience(batch, trajectories, verdicts, metrics)
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        return metrics
+
+
+class References:
+    """Supervised learning: the data's own responses, each reinforced with weight 1, one optimizer step a batch."""
+
+    def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
+        self.tokenizer, self.aggregation = tokenizer, config.objective.aggregation
+        self.max_response_tokens = config.rollout.max_response_tokens
+
+    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
+        trajectories = [self._trajectory(index, prompt) for index, prompt in enumerate(prompts)]
+        scales = token_scales(trajectories, trajectories, self.aggregation)
+        samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
+        return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
+
+    def finish(self, metrics: dict[str, float]) -> dict[str, float]:
+        """No engine sampled these responses, so there is no gap to it; the loss is the mean negative log-prob."""
+        kept = {name: value for name, value in metrics.items() if not name.startswith("rollout/")}
+        return {"supervised/loss": -metrics["policy/logprob"], **kept}
+
+    def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
+        if prompt.response is None:
+            raise UserError(f"data.train: problem {prompt.id} has no `response`, which objective.name=supervised learns from")
+        ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]][: self.max_response_tokens]
+        return Trajectory(
+            prompt=index,
+            sample=0,
+            prompt_ids=prompt.token_ids,
+            response_ids=np.asarray(ids, np.int32),
+            rollout_logprobs=np.zeros(len(ids), np.float32),
+            finish_reason="stop",
+            weight_version=0,
+            text=prompt.response,
+        )
+
+
+def verdict_metrics(verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:
+    """Ratios over samples that have a verdict, and over prompts for fully and never solved; `no_verdict` is over all."""
+    rewards = np.array([np.nan if verdict.reward is None else verdict.reward for verdict in verdicts])
+    judged = ~np.isnan(rewards)
+    metrics = {"reward/no_verdict_ratio": 1.0 - float(judged.mean())}
+    if judged.any():
+        correct = (rewards > 0).reshape(-1, samples_per_prompt)
+        wrong = (rewards < 0).reshape(-1, samples_per_prompt)
+        metrics["reward/correct_ratio"] = float(correct.sum() / judged.sum())
+        metrics["reward/fully_solved_ratio"] = float((correct.any(1) & ~wrong.any(1)).mean())
+        metrics["reward/never_solved_ratio"] = float((wrong.any(1) & ~correct.any(1)).mean())
+    return metrics
+
+
+def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    return {
+        "reward/truncated_ratio": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+        "rollout/response_tokens_mean": float(np.mean([trajectory.length for trajectory in trajectories])),
+        "rollout/weight_version": float(trajectories[0].weight_version),
+    }
+
+

@@ -1,0 +1,106 @@
+"""What a run leaves behind: state, metrics, samples, evaluations, the exported policy. Only rank 0 writes.
+
+May import: everything below the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_nsr.components import Components
+from megatron_nsr.config import Config
+from megatron_nsr.evaluation.benchmarks import Evaluation
+from megatron_nsr.experience import Experience
+from megatron_nsr.observability.environment import describe_environment
+from megatron_nsr.observability.loggers import Loggers, build_loggers
+from megatron_nsr.observability.run_directory import RunDirectory, flat_config, write_json
+from megatron_nsr.observability.samples import sample_rows, write_samples
+from megatron_nsr.observability.state import Status, write_state
+from megatron_nsr.platform import distributed
+from megatron_nsr.types import Prompt, UserError
+from megatron_nsr.weights.gathering import gather_hf_tensors
+from megatron_nsr.weights.safetensors_files import write_hf_directory
+
+
+class Progress:
+    """Keeps RUN/state.json true."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run, self.step, self.writes = run, 0, distributed.launched_rank() == 0
+
+    def started(self, step: int) -> None:
+        self.step = step
+        if self.writes:
+            write_json(self.run.environment, describe_environment())
+            write_state(self.run, "running", step)
+
+    def ended(self, status: Status, step: int, reason: str = "") -> Status:
+        if self.writes:
+            write_state(self.run, status, step, reason or {"stopped": "a signal asked for it"}.get(status, ""))
+        return status
+
+
+@contextmanager
+def reporting_state(run: RunDirectory) -> Iterator[Progress]:
+    """An exception that leaves the block is written to state.json as `failed`; wrong input is not a failed run."""
+    progress = Progress(run)
+    try:
+        yield progress
+    except UserError:
+        raise
+    except BaseException as error:
+        progress.ended("failed", progress.step, f"{type(error).__name__}: {error}")
+        raise
+
+
+def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> Loggers:
+    settings = config.logging
+    return build_loggers(
+        run,
+        rank=distributed.rank(),
+        title=Path(config.run.dir).name,
+        steps=config.run.steps,
+        completed_steps=completed_steps,
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        wandb_project=settings.wandb_project,
+        config=flat_config(config),
+    )
+
+
+class Recorder:
+    """Writes what loggers do not, and stops a run whose engine and policy disagree."""
+
+    def __init__(self, run: RunDirectory, config: Config, prompts: Sequence[Prompt]) -> None:
+        self.run, self.config, self.prompts = run, config, prompts
+        self.writes = distributed.rank() == 0
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raises RuntimeError where the log-prob gap of the last rollouts is past its bound."""
+        bound, gap = self.config.rollout.max_logprob_gap, metrics.get("rollout/logprob_gap_max")
+        if bound is not None and gap is not None and not gap <= bound:
+            raise RuntimeError(
+                f"rollout/logprob_gap_max is {gap:.3g}, above rollout.max_logprob_gap={bound:.3g}: the engine does not hold the "
+                "policy's weights, or computes too differently; nothing of this step was saved"
+            )
+
+    def keep_samples(self, step: int, prompts: Sequence[Prompt], experience: Experience) -> None:
+        every = self.config.logging.samples_every
+        if self.writes and every and experience.verdicts and (step % every == 0 or step == self.config.run.steps):
+            write_samples(self.run.samples(step), sample_rows(step, prompts, experience.trajectories, experience.verdicts))
+
+    def evaluation(self, evaluation: Evaluation) -> dict[str, float]:
+        if self.writes:
+            write_json(self.run.evaluation(evaluation.result["step"]), evaluation.result)
+        return evaluation.metrics
+
+    def export_hf(self, parts: Components) -> None:
+        """Writes the policy to RUN/hf. A collective call."""
+        source = Path(self.config.model.path)
+        tensors = gather_hf_tensors(parts.actor.chunks, parts.shape, parts.bucket_bytes)
+        config_json = json.loads((source / "config.json").read_text())
+        write_hf_directory(self.run.hf, tensors, config_json, copy_from=source, writer=self.writes)
+        distributed.barrier()

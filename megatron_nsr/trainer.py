@@ -1,0 +1,130 @@
+"""The training loop: prompts, rollout, reward, objective, policy update, weight push.
+
+May import: everything below it. One step reads top to bottom in `Trainer.train_step`.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_nsr.clock import PhaseClock
+from megatron_nsr.components import Components, Inputs, build_components, build_sampler, read_inputs
+from megatron_nsr.config import Config
+from megatron_nsr.data.sampler import PromptSampler
+from megatron_nsr.experience import Experience
+from megatron_nsr.observability.loggers import MetricLogger
+from megatron_nsr.observability.run_directory import RunDirectory, open_run
+from megatron_nsr.observability.state import Status, read_state
+from megatron_nsr.platform.signals import StopRequest
+from megatron_nsr.recording import Recorder, open_loggers, reporting_state
+from megatron_nsr.training.checkpoints import Checkpoints
+from megatron_nsr.training.schedule import learning_rate
+from megatron_nsr.types import StepMetrics
+
+
+def train(config: Config) -> Status:
+    """Runs or resumes the training run of `config`; returns "done" or "stopped". Raises UserError for wrong input."""
+    inputs = read_inputs(config, training=True)
+    run = open_run(config)
+    state = read_state(run)
+    if state and state.status == "done" and state.step >= config.run.steps:
+        print(f"{run.path}: all {state.step} steps are done; raise run.steps to go on, or choose another run.dir")
+        return "done"
+    stop = StopRequest()
+    stop.install()
+    with ExitStack() as stack, reporting_state(run) as progress:
+        trainer = Trainer(config, run, inputs, build_components(config, inputs, stack), stop)
+        stop.install()  # the engine's start may have replaced the handlers
+        progress.started(trainer.step)
+        loggers = stack.enter_context(open_loggers(run, config, completed_steps=trainer.step))
+        return progress.ended(trainer.run(loggers), trainer.step)
+
+
+class Trainer:
+    """Owns the step counter and the order of things; every rank runs the same loop."""
+
+    def __init__(self, config: Config, run: RunDirectory, inputs: Inputs, parts: Components, stop: StopRequest) -> None:
+        assert inputs.train is not None
+        self.config, self.run_directory, self.parts, self.stop = config, run, parts, stop
+        self.prompts = inputs.train.prompts
+        self.sampler: PromptSampler = build_sampler(config, inputs.train)
+        self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
+        self.recorder = Recorder(run, config, self.prompts)
+        self.step = 0  # training steps completed
+        self._resume()
+
+    def run(self, loggers: MetricLogger) -> Status:
+        self.parts.push(self.step)
+        while self.step < self.config.run.steps:
+            metrics = self.train_step()
+            loggers.log(StepMetrics(self.step, metrics))
+            self.recorder.check(metrics)
+            interrupted = self.stop.agreed(self.parts.actor.groups.device)
+            if interrupted or self.step % self.config.checkpoint.every == 0 or self.step == self.config.run.steps:
+                self._checkpoint()
+            if interrupted and self.step < self.config.run.steps:
+                return "stopped"
+        if not self.run_directory.evaluation(self.step).is_file():
+            self.evaluate()
+        if self.config.checkpoint.export_hf:
+            self.recorder.export_hf(self.parts)
+        return "done"
+
+    def train_step(self) -> dict[str, float]:
+        """One step on one batch of prompts; `self.step` counts it when it is complete."""
+        clock, step = PhaseClock(), self.step + 1
+        prompts = [self.prompts[index] for index in self.sampler.next()]
+        experience = self.parts.source.collect(prompts, step, clock)
+        with clock("old_logprobs"):
+            prepared = self.parts.actor.prepare(experience.batch, step)
+        with clock("update"):
+            metrics = self.parts.actor.update(prepared, self._learning_rate(step))
+        with clock("weight_sync"):
+            if self.parts.pushes_every_step:
+                self.parts.push(step)
+        self.step = step
+        if self.config.evaluation.every and step % self.config.evaluation.every == 0 or step == self.config.run.steps:
+            with clock("eval"):
+                metrics |= self.evaluate()
+        self.recorder.keep_samples(step, prompts, experience)
+        return self._finish_metrics(metrics, experience, clock)
+
+    def evaluate(self) -> dict[str, float]:
+        """Pass@k and entropy of the current weights on the benchmarks, written to RUN/eval/step_N.json."""
+        if self.parts.benchmarks is None or not self.parts.benchmarks.benchmarks:
+            return {}
+        if not self.parts.pushes_every_step:
+            self.parts.push(self.step)
+        return self.recorder.evaluation(self.parts.benchmarks.run(self.step, self.parts.actor))
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self.config.optimizer
+        return learning_rate(
+            step - 1,
+            peak=settings.learning_rate,
+            final=settings.min_learning_rate,
+            schedule=settings.schedule,
+            warmup_steps=settings.warmup_steps,
+            total_steps=self.config.run.steps,
+        )
+
+    def _finish_metrics(self, metrics: dict[str, float], experience: Experience, clock: PhaseClock) -> dict[str, float]:
+        tokens = sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in experience.trajectories)
+        times = clock.metrics()
+        metrics = self.parts.source.finish(metrics)
+        return {"data/epoch": float(self.sampler.epoch), **experience.metrics, **metrics, **times, "perf/tokens_per_s": tokens / times["time/step_s"]}
+
+    def _checkpoint(self) -> None:
+        actor = self.parts.actor
+        state = {"sampler": self.sampler.state(), "weight_version": self.step}
+        self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path))
+
+    def _resume(self) -> None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return
+        actor = self.parts.actor
+        saved = self.checkpoints.load(latest, actor.wrapped, actor.optimizer, actor.backend)
+        self.sampler.load_state(saved["sampler"])
+        self.step = saved["step"]

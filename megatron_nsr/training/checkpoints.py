@@ -1,0 +1,207 @@
+"""Checkpoints of a run: complete or absent, with everything that the next step depends on.
+
+May import: platform, types, megatron-core, the rest of training. Layout of RUN/checkpoints:
+
+    step_N/state/      weights and optimizer, megatron-core's torch_dist format: loads at any parallel layout
+    step_N/rng/        one file a rank: generators of torch, numpy, python and megatron-core
+    step_N/run.json    step, sampler state, weight version, optimizer updates, layout
+    step_N/*           config.json and tokenizer of the model, so that the folder can stand as `model.path`
+    latest             a link to the newest complete step_N
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_nsr.models.backends import Backend
+from megatron_nsr.platform import distributed
+from megatron_nsr.types import UserError
+
+RUN_FILE = "run.json"
+
+
+class Checkpoints:
+    """Writes and reads RUN/checkpoints. Every rank calls `save` and `load`; rank 0 moves the files."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self.directory, self.keep = directory, keep
+        if distributed.rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            for partial in directory.glob(".partial-*"):  # left by a killed run
+                shutil.rmtree(partial)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, the same on every rank."""
+        found = None
+        if distributed.rank() == 0:
+            link = self.directory / "latest"
+            found = str(link.resolve()) if (link / RUN_FILE).is_file() else None
+        found = distributed.broadcast_object(found)
+        return Path(found) if found else None
+
+    def save(self, step: int, run_state: Mapping[str, Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, model_files: Path) -> None:
+        """Writes step_N under another name, renames it when complete, then moves `latest`."""
+        partial, final = self.directory / f".partial-step_{step}", self.directory / f"step_{step}"
+        if distributed.rank() == 0:
+            (partial / "state").mkdir(parents=True)
+            (partial / "rng").mkdir()
+        distributed.barrier()
+        torch.save(rng_state(), partial / "rng" / f"rank_{distributed.rank()}.pt")
+        save_state(partial / "state", wrapped, optimizer, backend)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            copy_model_files(model_files, partial)
+            description = {"step": step, "world_size": distributed.world_size(), "updates": _adam_step(optimizer), **run_state}
+            (partial / RUN_FILE).write_text(json.dumps(description, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            self._point_latest(final)
+            self._prune()
+        distributed.barrier()
+
+    def load(self, path: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> dict[str, Any]:
+        """Restores weights, optimizer and generators; returns what `save` was given as `run_state`, with the step.
+
+        On another number of ranks the generators start afresh: nothing that trains draws from them.
+        """
+        description: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
+        load_state(path / "state", wrapped, optimizer, backend)
+        _set_adam_step(optimizer, description["updates"])
+        if description["world_size"] == distributed.world_size():
+            set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
+        return description
+
+    def _point_latest(self, target: Path) -> None:
+        link = self.directory / ".partial-latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        os.replace(link, self.directory / "latest")
+
+    def _prune(self) -> None:
+        steps = sorted(self.directory.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        for old in steps[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a `model.path` is a checkpoint of ours rather than a Hugging Face directory."""
+    return (Path(path) / RUN_FILE).is_file()
+
+
+def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
+    """Weights and optimizer in torch_dist format; `directory` exists and is empty."""
+    _materialize_adam(optimizer)
+    with backend.phase():
+        dist_checkpointing.save(
+            _sharded_state(wrapped, optimizer, is_loading=False), str(directory), get_default_save_sharded_strategy("torch_dist")
+        )
+
+
+def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, backend: Backend) -> None:
+    """Fills the model, and the optimizer where one is given, from a checkpoint written at any layout."""
+    if optimizer is not None:
+        _materialize_adam(optimizer)
+    with backend.phase(), _readable(directory):
+        loaded = dist_checkpointing.load(
+            _sharded_state(wrapped, optimizer, is_loading=True), str(directory), get_default_load_sharded_strategy(str(directory))
+        )
+        for index, chunk in enumerate(wrapped):
+            _bare(chunk).load_state_dict(loaded[f"model{index}"])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copies config.json and the tokenizer: every small file of a model directory that holds no weights."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != RUN_FILE and "safetensors" not in file.name:
+            shutil.copy2(file, target / file.name)
+
+
+def rng_state() -> dict[str, Any]:
+    """The generators of this rank."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _bare(chunk: Any) -> Any:
+    return getattr(chunk, "module", chunk)
+
+
+def _sharded_state(wrapped: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state: dict[str, Any] = {f"model{i}": _bare(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(wrapped)}
+    if optimizer is not None:
+        models = {f"model{i}": state[f"model{i}"] for i in range(len(wrapped))} if len(wrapped) > 1 else {"model": state["model0"]}
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Turns the reader's errors about broken files into a message that names the checkpoint."""
+    try:
+        yield
+    except (EOFError, OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"checkpoint {directory}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+
+
+def _adam_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch Adam instances inside megatron-core's wrappers; none where Apex's or Transformer Engine's Adam runs."""
+    inner = [item.optimizer for item in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [item for item in inner if isinstance(item, torch.optim.Adam)]
+
+
+def _materialize_adam(optimizer: Any) -> None:
+    """Gives Adam the state it creates at its first step: megatron-core 0.16.1 cannot save or load torch's Adam without it."""
+    for adam in _adam_optimizers(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter].update(step=torch.tensor(0.0), **zeros)
+
+
+def _adam_step(optimizer: Any) -> float:
+    for adam in _adam_optimizers(optimizer):
+        for state in adam.state.values():
+            return float(state["step"])
+    return 0.0
+
+
+def _set_adam_step(optimizer: Any, step: float) -> None:
+    """The distributed optimizer of megatron-core 0.16.1 does not restore torch Adam's step count (distrib_optimizer.py)."""
+    for adam in _adam_optimizers(optimizer):
+        for state in adam.state.values():
+            state["step"] = torch.tensor(float(step))

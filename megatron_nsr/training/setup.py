@@ -1,0 +1,77 @@
+"""From a configuration to an actor: process groups, model, weights, optimizer. May import: config, models, weights, losses, training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_nsr.config import Config
+from megatron_nsr.losses.linear_logprob import VocabularyShard
+from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs, policy_head
+from megatron_nsr.losses.terms import LossTerms
+from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.models.parallel import initialize_parallel
+from megatron_nsr.models.policy import Head, build_policy
+from megatron_nsr.platform import distributed
+from megatron_nsr.training.actor import Actor
+from megatron_nsr.training.checkpoints import is_checkpoint, load_state
+from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
+from megatron_nsr.training.parallel_groups import ParallelGroups
+from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
+from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_actor(config: Config, shape: ModelShape, backend: Backend) -> Actor:
+    """Builds the policy on this rank, with the weights that `model.path` and `model.initialization` name."""
+    initialize_parallel(config.parallel, shape, distributed.world_size(), config.run.seed)
+    groups = ParallelGroups.current(backend.device)
+    dtype = DTYPES[config.model.dtype]
+    chunks = build_policy(
+        shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
+    )
+    load_initial_weights(chunks, config, shape, backend)
+    with backend.phase():
+        wrapped = wrap_data_parallel(chunks, distributed_optimizer=config.parallel.distributed_optimizer)
+        optimizer = build_optimizer(
+            wrapped, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer
+        )
+    return Actor(
+        wrapped,
+        optimizer,
+        backend,
+        groups,
+        entropy_coefficient=config.objective.entropy_coefficient,
+        tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        dropped_share=config.objective.dropped_share,
+        seed=config.run.seed,
+    )
+
+
+def build_head(config: Config, shape: ModelShape, groups: ParallelGroups) -> Head:
+    """The LM head with this run's loss terms, as a function of hidden states, its weight shard and a micro-batch's inputs."""
+    objective = config.objective
+    terms = LossTerms(objective.eps_low, objective.eps_high, objective.entropy_coefficient)
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, inputs: HeadInputs) -> HeadOutputs:
+        shard = VocabularyShard(groups.tensor_rank * len(weight), shape.vocab_size, groups.tensor_group)
+        return policy_head(
+            hidden, weight, inputs, shard, terms, temperature=config.rollout.temperature, chunk=config.training.head_chunk_tokens
+        )
+
+    return head
+
+
+def load_initial_weights(chunks: list[Any], config: Config, shape: ModelShape, backend: Backend) -> None:
+    """Fills the model from a Hugging Face directory, from a checkpoint of ours, or at random (the same at every layout)."""
+    path = Path(config.model.path)
+    if config.model.initialization == "random":
+        load_hf_weights(chunks, shape, random_hf_tensors(shape, config.run.seed))
+    elif is_checkpoint(path):
+        load_state(path / "state", chunks, None, backend)
+    else:
+        load_hf_weights(chunks, shape, SafetensorsDirectory(str(path)))
