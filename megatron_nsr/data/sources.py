@@ -86,9 +86,9 @@ class _Reader:
         source = _first(record, SOURCE_COLUMNS)
         name = self._text(index, *source) if source else self._stem
         response = record.get("response")
-        used = {"id", question[0], answer[0], "reward_model", "response", *SOURCE_COLUMNS} - {
-            "solution"
-        }  # the whole solution stays in extra
+        used = {"id", question[0], "reward_model", "response", *SOURCE_COLUMNS}
+        if answer[0] != "solution":  # of which only the box is used
+            used.add(answer[0])
         return Row(
             id=f"{name}/{index}" if record.get("id") is None else self._text(index, "id", record["id"]),
             question=self._question(index, *question),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_nsr.data.templates import INSTRUCTION, render
+from megatron_nsr.data.templates import INSTRUCTION, Message, render
 from megatron_nsr.data.tokenizers import load_tokenizer
 from megatron_nsr.types import UserError
 
@@ -77,14 +77,14 @@ def test_llama_keeps_its_date_block_before_a_given_system_message_and_trims_turn
 
 @pytest.mark.parametrize("template", ["qwen2.5-math", "qwen3", "llama3.1"])
 def test_the_instruction_stands_once(template: str) -> None:
-    in_user = [{"role": "user", "content": f"1+1?\n{INSTRUCTION}"}]
-    in_system = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": "1+1?"}]
+    in_user: list[Message] = [{"role": "user", "content": f"1+1?\n{INSTRUCTION}"}]
+    in_system: list[Message] = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": "1+1?"}]
     assert render(template, in_user).count(INSTRUCTION) == 1
     assert render(template, in_system).count(INSTRUCTION) == 1
 
 
 def test_earlier_turns_are_kept_and_only_the_last_is_asked_for_a_box() -> None:
-    shots = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
+    shots: list[Message] = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
     text = render("qwen2.5-math", shots)
     assert "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n" in text
     assert text.endswith(f"<|im_start|>user\n2+2?\n{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n")
