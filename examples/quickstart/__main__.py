@@ -1,0 +1,108 @@
+"""`python -m examples.quickstart`: data and model, the base, three objectives from it, and the page that compares them.
+
+May import: megatron_nsr and the quickstart. Exit status: 0 done, 1 a run failed, 2 wrong input, 3 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from examples.quickstart.jobs import BASE, OBJECTIVES, Job, JobFailed, Stopped, StopSignals, base_job, last_lines, objective_job, run_jobs
+from examples.quickstart.prepare import prepare
+from examples.quickstart.progress import LiveProgress, pass_at_k_table
+from megatron_nsr.types import UserError
+
+REPORT = "report"
+CORES = 2  # runs side by side; each takes one
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the quickstart and returns the exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False)
+    wanted = (BASE, *OBJECTIVES, REPORT) if options.only is None else (options.only,)
+    try:
+        with StopSignals() as signals:
+            return _quickstart(options.out, wanted, signals, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        console.print("Stopped. The same command continues from the newest checkpoints.")
+        return 3
+    except JobFailed as failure:
+        return _explain(failure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description="One tiny model, three objectives.")
+    parser.add_argument("--only", choices=(BASE, *OBJECTIVES, REPORT), help="this part alone (the others must be done where it needs them)")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="where everything is written (%(default)s)")
+    return parser
+
+
+def _quickstart(out: Path, wanted: Sequence[str], signals: StopSignals, console: Console) -> int:
+    jobs = {BASE: base_job(out)} | {name: objective_job(name, out) for name in OBJECTIVES}
+    prepare(out)
+    if BASE in wanted:
+        _train([jobs[BASE]], signals, console)
+    objectives = [jobs[name] for name in OBJECTIVES if name in wanted]
+    if objectives:
+        if not jobs[BASE].done:
+            raise UserError(f"{jobs[BASE].run.path}: the base model is not there; run `python -m examples.quickstart --only base` first")
+        _train(objectives, signals, console)
+    return _report(out, list(jobs.values()), signals, console) if REPORT in wanted else 0
+
+
+def _train(jobs: Sequence[Job], signals: StopSignals, console: Console) -> None:
+    """Runs those of the jobs that are not done yet."""
+    for job in jobs:
+        console.print(f"{job.name}: done already, in {job.run.path}" if job.done else f"{job.name}: log in {job.log}", soft_wrap=True)
+    with LiveProgress(console) as progress:
+        run_jobs([job for job in jobs if not job.done], CORES, signals, progress.update)
+
+
+def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Console) -> int:
+    """Writes the comparison page and prints the table; what is not done yet stops it."""
+    for job in jobs:
+        if not job.done:
+            raise UserError(f"{job.run.path}: this run is not done, and the report compares all; run it with --only {job.name} first")
+    page = out / "report.html"
+    runs = {job.name: job.run for job in jobs}
+    table = pass_at_k_table(runs)
+    command = [sys.executable, "-m", "megatron_nsr", "report", *(str(run.path) for run in runs.values()), "--out", str(page)]
+    status = subprocess.run(command).returncode
+    if signals.count:
+        raise Stopped
+    if status:
+        print(f"error: the report ended with status {status}: {shlex.join(command)}", file=sys.stderr)
+        return _exit_status(status)
+    console.print(table)
+    console.print(f"Report: {page}", soft_wrap=True)
+    return 0
+
+
+def _explain(failure: JobFailed) -> int:
+    """Shows the end of the failed job's log, and how to start it by hand."""
+    show = partial(print, file=sys.stderr)
+    show(*last_lines(failure.job.log), sep="\n")
+    show(f"error: {failure.job.name} ended with status {failure.status}; the lines above end its log, {failure.job.log}")
+    show(f"It was started as: {shlex.join(failure.job.command)}")
+    return _exit_status(failure.status)
+
+
+def _exit_status(status: int) -> int:
+    """A child's status as ours; one that a signal killed has failed."""
+    return status if status > 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

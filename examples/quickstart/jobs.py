@@ -1,0 +1,145 @@
+"""The quickstart's training runs as child processes: which there are, what each is doing, and running some of them at a time.
+
+May import: megatron_nsr.observability and the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megatron_nsr.observability.run_directory import RunDirectory
+from megatron_nsr.observability.state import read_state
+
+BASE = "base"
+OBJECTIVES = ("psr", "nsr", "w_reinforce")
+CONFIGS = Path(__file__).parents[2] / "configs"
+POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training run: what to start, where its run directory is, and where its output goes."""
+
+    name: str
+    command: tuple[str, ...]
+    run: RunDirectory
+    log: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether its state.json says so. Raises UserError where that file is not one of ours."""
+        state = read_state(self.run)
+        return state is not None and state.status == "done"
+
+
+class JobFailed(Exception):
+    """A job's process ended with another status than 0."""
+
+    def __init__(self, job: Job, status: int) -> None:
+        super().__init__(f"{job.name} ended with status {status}")
+        self.job, self.status = job, status
+
+
+class Stopped(Exception):
+    """A signal asked for an end, and every job has ended since."""
+
+
+class StopSignals:
+    """Counts SIGINT and SIGTERM while it is entered, in place of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned before
+
+    def _remember(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def base_job(out: Path) -> Job:
+    """Supervised pre-training of the base model."""
+    data, run = out / "data", out / BASE
+    overrides = (f"run.dir={run}", f"model.path={out / 'model'}", f"data.train={data / 'corpus.jsonl'}")
+    return _job(BASE, "quickstart_base.yaml", out, overrides)
+
+
+def objective_job(name: str, out: Path) -> Job:
+    """Reinforcement learning from the base model with one objective."""
+    data, run = out / "data", out / name
+    overrides = (f"objective.name={name}", f"run.dir={run}", f"model.path={out / BASE / 'hf'}", f"data.train={data / 'train.jsonl'}")
+    return _job(name, "quickstart.yaml", out, overrides)
+
+
+def _job(name: str, config: str, out: Path, overrides: tuple[str, ...]) -> Job:
+    benchmark = f"evaluation.benchmarks.puzzle={out / 'data' / 'test.jsonl'}"
+    command = (sys.executable, "-m", "megatron_nsr", "train", str(CONFIGS / config), *overrides, benchmark)
+    return Job(name, command, RunDirectory(out / name), out / "logs" / f"{name}.log")
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, signals: StopSignals, on_poll: Callable[[Sequence[Job]], None]) -> None:
+    """Runs the jobs, `at_once` of them side by side, and calls `on_poll` with those started so far several times a second.
+
+    A first signal is passed on as SIGTERM, at which a run writes a checkpoint and ends; a second one kills. When one job fails, the
+    others are stopped in the same way.
+
+    Raises JobFailed for the first that fails, Stopped after a signal.
+    """
+    waiting, running, started = list(jobs), dict[str, tuple[Job, subprocess.Popen[bytes]]](), list[Job]()
+    try:
+        while (waiting or running) and not signals.count:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[job.name] = (job, start(job))
+                started.append(job)
+            time.sleep(POLL_S)
+            on_poll(started)
+            for job, process in list(running.values()):
+                if process.poll() is not None:
+                    del running[job.name]
+                    if process.returncode and not signals.count:
+                        raise JobFailed(job, process.returncode)
+    finally:
+        stop([process for _, process in running.values()], signals)
+    if signals.count:
+        raise Stopped
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """Starts a job on one core, in a session of its own: a Ctrl-C reaches it through us only, once."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]], signals: StopSignals) -> None:
+    """Asks all to end and waits until they have; kills them, with all that they started, on a further signal."""
+    asked = signals.count
+    for process in processes:
+        process.terminate()
+    while any(process.poll() is None for process in processes):
+        if signals.count > asked:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(POLL_S)
+
+
+def last_lines(path: Path, count: int = 20) -> list[str]:
+    """The end of a log, empty where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:] if path.is_file() else []

@@ -1,0 +1,117 @@
+"""What a run's files say while it trains and when it has ended, for the terminal. May import: megatron_nsr, the jobs, rich."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from examples.quickstart.jobs import Job
+from megatron_nsr.config import load_config
+from megatron_nsr.observability.run_directory import RunDirectory
+from megatron_nsr.types import UserError
+
+TAIL_BYTES = 16384  # several lines of metrics.jsonl
+# The first of these that a step has is shown beside the bar.
+SHOWN = (("reward/correct_ratio", "correct {:.2f}"), ("supervised/loss", "loss {:.3f}"))
+
+
+class LiveProgress:
+    """A bar for each started job: step, what it has reached, elapsed time. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[reached]:<13}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> LiveProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def update(self, jobs: Sequence[Job]) -> None:
+        """Reads the newest step of each job; a job seen for the first time gets a bar."""
+        for job in jobs:
+            if job.name not in self._tasks:
+                self._tasks[job.name] = self._progress.add_task(job.name, total=None, reached="starting")
+            latest = latest_metrics(job.run.metrics)
+            if latest:
+                self._progress.update(
+                    self._tasks[job.name], completed=latest["step"], total=total_steps(job.run), reached=describe_step(latest)
+                )
+
+
+def latest_metrics(path: Path) -> dict[str, Any] | None:
+    """The last complete line of a metrics.jsonl that is being written, None before the first."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        complete = file.read().rpartition(b"\n")[0].rpartition(b"\n")[2]
+    try:
+        record = json.loads(complete)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def describe_step(metrics: Mapping[str, Any]) -> str:
+    """The step's correct ratio, or a supervised step's loss."""
+    for name, text in SHOWN:
+        if metrics.get(name) is not None:
+            return text.format(metrics[name])
+    return ""
+
+
+def total_steps(run: RunDirectory) -> int | None:
+    """run.steps of the config that the run has written, None before."""
+    try:
+        return load_config(run.config).run.steps
+    except UserError:
+        return None
+
+
+def read_evaluation(run: RunDirectory) -> dict[str, Any]:
+    """The newest evaluation of a run. Raises UserError where there is none that can be read."""
+    steps = run.evaluation_steps()
+    if not steps:
+        raise UserError(f"{run.path / 'eval'}: no evaluation; let this run finish first")
+    path = run.evaluation(steps[-1])
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values | {"puzzle": values["benchmarks"]["puzzle"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not an evaluation of the puzzle ({error!r})") from None
+
+
+def pass_at_k_table(runs: Mapping[str, RunDirectory]) -> Table:
+    """Pass@k in percent on the held-out puzzles, a row for each run, and the entropy on their prompts."""
+    evaluations = {name: read_evaluation(run) for name, run in runs.items()}
+    ks = sorted({int(k) for evaluation in evaluations.values() for k in evaluation["puzzle"]["pass_at_k"]})
+    samples = ", ".join(sorted({str(evaluation["puzzle"]["n"]) for evaluation in evaluations.values()}))
+    table = Table(title=f"Pass@k on held-out puzzles, percent (n = {samples})")
+    table.add_column("run")
+    for k in ks:
+        table.add_column(f"@{k}", justify="right")
+    table.add_column("entropy", justify="right")
+    for name, evaluation in evaluations.items():
+        curve = evaluation["puzzle"]["pass_at_k"]
+        cells = [f"{100 * curve[str(k)]:.1f}" if str(k) in curve else "-" for k in ks]
+        entropy = evaluation.get("heldout_entropy")
+        table.add_row(name, *cells, "-" if entropy is None else f"{entropy:.3f}")
+    return table
