@@ -56,9 +56,11 @@ test: $(TEST_INSTALLED) ## run all tests
 	$(BIN)/python -m pytest tests
 
 lint: $(TEST_INSTALLED) ## ruff, its formatter in checking mode, mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy megatron_nsr $(wildcard tools/*.py tools/*/*.py examples/*.py examples/*/*.py)
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/mypy megatron_nsr $(wildcard tools/*.py tools/*/*.py examples/*.py examples/*/*.py) || status=1; \
+	exit $$status
 
 format: $(TEST_INSTALLED) ## let ruff format the code and sort its imports
 	$(BIN)/ruff check --select I --fix .
