@@ -1,0 +1,139 @@
+"""Weights and mini-batches against the formulas, with the groups at the edge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_nsr.objectives.mini_batches import build_step_batch
+from megatron_nsr.objectives.registry import NAMES, build_objective
+from megatron_nsr.types import Outcome, Reason, Trajectory, UserError, Verdict
+
+CORRECT = Verdict(Outcome.CORRECT, Reason.MATCH)
+WRONG = Verdict(Outcome.WRONG, Reason.MISMATCH)
+TIMEOUT = Verdict(Outcome.NONE, Reason.TIMEOUT)
+VERDICTS = {"+": CORRECT, "-": WRONG, "0": TIMEOUT}
+
+
+def objective(name: str, lambda_: float = 0.1, entropy_coefficient: float = 1e-4):
+    return build_objective(name, lambda_=lambda_, entropy_coefficient=entropy_coefficient)
+
+
+def weigh(name: str, *groups: str, **settings: float):
+    rewards = torch.tensor([[VERDICTS[mark].reward or 0.0 for mark in group] for group in groups])
+    judged = torch.tensor([[mark != "0" for mark in group] for group in groups])
+    return objective(name, **settings).weigh(rewards, judged)
+
+
+def step(name: str, groups: list[str], lengths: list[int] | None = None, *, prompts: int | None = None, **settings):
+    verdicts = [VERDICTS[mark] for group in groups for mark in group]
+    lengths = lengths or [2] * len(verdicts)
+    trajectories = [
+        Trajectory(i // len(groups[0]), i, (1,), np.zeros(n, np.int32), np.zeros(n, np.float32), "stop", 0) for i, n in enumerate(lengths)
+    ]
+    return build_step_batch(
+        trajectories,
+        verdicts,
+        objective(name),
+        samples_per_prompt=len(groups[0]),
+        mini_batch_prompts=prompts or len(groups),
+        aggregation=settings.get("aggregation", "sequence_mean"),
+        normalization=settings.get("normalization", "batch"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "kept"),
+    [
+        ("psr", [1, 0, 0], [True, False, False]),
+        ("nsr", [0, -1, 0], [False, True, False]),
+        ("w_reinforce", [0.1, -1, 0], [True, True, False]),
+        ("reinforce", [1, -1, 0], [True, True, False]),
+    ],
+)
+def test_signed_objectives(name: str, weights: list[float], kept: list[bool]) -> None:
+    signed = weigh(name, "+-0")
+    torch.testing.assert_close(signed.weights, torch.tensor([weights], dtype=torch.float32))
+    assert signed.kept.tolist() == [kept]
+
+
+@given(st.text("+-0", min_size=1, max_size=9))
+def test_lambda_one_is_reinforce_and_lambda_zero_is_nsr_bitwise(group: str) -> None:
+    for lambda_, other in ((1.0, "reinforce"), (0.0, "nsr")):
+        mine, theirs = weigh("w_reinforce", group, lambda_=lambda_), weigh(other, group)
+        assert torch.equal(mine.weights, theirs.weights) and torch.equal(mine.kept, theirs.kept)
+
+
+@given(st.text("+-0", min_size=1, max_size=9))
+def test_grpo_normalises_within_the_judged_samples_of_a_group(group: str) -> None:
+    signed = weigh("grpo", group)
+    judged = np.array([mark != "0" for mark in group])
+    rewards = np.array([VERDICTS[mark].reward or 0.0 for mark in group])[judged]
+    expected = np.zeros(len(group))
+    if len(set(rewards)) > 1:
+        expected[judged] = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    np.testing.assert_allclose(signed.weights[0].numpy(), expected, atol=1e-6)
+    assert signed.kept[0].tolist() == judged.tolist()  # without spread a group still carries the entropy bonus
+
+
+def test_grpo_without_entropy_drops_groups_without_spread() -> None:
+    signed = weigh("grpo", "++++", "+-++", entropy_coefficient=0.0)
+    assert signed.kept.tolist() == [[False] * 4, [True] * 4]
+
+
+def test_sequence_mean_counts_every_judged_sample_of_the_mini_batch() -> None:
+    (mini,) = step("nsr", ["+-", "0-"], [2, 4, 3, 5]).mini_batches
+    assert [(s.weight, s.scale) for s in mini] == [(-1.0, 1 / (4 * 3)), (-1.0, 1 / (5 * 3))]
+
+
+def test_token_mean_counts_every_judged_token_of_the_mini_batch() -> None:
+    (mini,) = step("nsr", ["+-", "0-"], [2, 4, 3, 5], aggregation="token_mean").mini_batches
+    assert [s.scale for s in mini] == [1 / 11, 1 / 11]
+
+
+def test_mini_batches_are_formed_by_prompt_before_anything_is_dropped() -> None:
+    batch = step("nsr", ["++", "+-", "--", "++"], prompts=2)
+    assert [[s.trajectory.sample for s in mini] for mini in batch.mini_batches] == [[3], [4, 5]]
+    assert [trajectory.sample for trajectory in batch.dropped] == [0, 1, 2, 6, 7]
+
+
+def test_per_sign_reforms_fewer_mini_batches_from_the_kept_samples() -> None:
+    batch = step("nsr", ["++", "+-", "--", "++"], prompts=2, normalization="per_sign")
+    (mini,) = batch.mini_batches
+    assert [(s.trajectory.sample, s.scale) for s in mini] == [(3, 1 / 6), (4, 1 / 6), (5, 1 / 6)]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "per_sign"])
+def test_all_correct_leaves_nsr_nothing(normalization: str) -> None:
+    batch = step("nsr", ["++", "++"], normalization=normalization)
+    assert [len(mini) for mini in batch.mini_batches] in ([0], [])
+    assert len(batch.dropped) == 4
+
+
+def test_samples_without_a_verdict_are_neither_kept_nor_dropped() -> None:
+    batch = step("reinforce", ["00", "0+"])
+    assert [s.trajectory.sample for s in batch.mini_batches[0]] == [3]
+    assert batch.dropped == ()
+
+
+def test_an_unknown_objective_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"objective\.name='ppq'.*psr, nsr, w_reinforce, reinforce, grpo, supervised"):
+        objective("ppq")
+    assert all(objective(name) for name in NAMES)
+
+
+class KeepsUnjudged:
+    def weigh(self, rewards, judged):
+        from megatron_nsr.objectives.objective import SampleWeights
+
+        return SampleWeights(rewards, torch.ones_like(judged))
+
+
+def test_a_users_objective_may_not_keep_what_has_no_verdict() -> None:
+    path = f"{__name__}:KeepsUnjudged"
+    own = build_objective(path, lambda_=0.0, entropy_coefficient=0.0)
+    with pytest.raises(ValueError, match="kept a sample that has no verdict"):
+        build_step_batch([], [TIMEOUT], own, samples_per_prompt=1, mini_batch_prompts=1, aggregation="token_mean", normalization="batch")

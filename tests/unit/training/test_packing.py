@@ -1,0 +1,59 @@
+"""Packing loses nothing, repeats nothing and stays within its budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_nsr.training.packing import balance, pack, pack_micro_batches, sequence_tokens, split_by_budget
+from megatron_nsr.types import Trajectory, WeightedSample
+
+SIZES = st.lists(st.integers(1, 40), min_size=0, max_size=30)
+
+
+def sample(length: int, start: int = 10) -> WeightedSample:
+    ids = np.arange(start, start + length, dtype=np.int32)
+    return WeightedSample(Trajectory(0, 0, (1, 2, 3), ids, -ids.astype(np.float32), "stop", 0), -0.5, 0.25)
+
+
+def test_a_packed_sequence_is_inputs_against_shifted_targets() -> None:
+    batch = pack([sample(2), sample(3, 20)], token_multiple=4)
+    assert batch.tokens.tolist() == [1, 2, 3, 10, 1, 2, 3, 20, 21, 0, 0, 0]
+    assert batch.targets.tolist() == [2, 3, 10, 11, 2, 3, 20, 21, 22, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.response_mask.tolist() == [False, False, True, True, False, False, True, True, True, False, False, False]
+    assert batch.scale.tolist() == [0, 0, 0.25, 0.25, 0, 0, 0.25, 0.25, 0.25, 0, 0, 0]
+    assert batch.rollout_logprobs.tolist() == [0, 0, -10, -11, 0, 0, -20, -21, -22, 0, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 4, 9, 12] and batch.max_seqlen == 5
+
+
+@given(SIZES, st.integers(1, 6))
+def test_balance_spreads_every_item_once_and_evenly(sizes: list[int], bins: int) -> None:
+    contents = balance(sizes, bins)
+    assert sorted(item for content in contents for item in content) == list(range(len(sizes)))
+    totals = [sum(sizes[i] for i in content) for content in contents]
+    assert max(totals) - min(totals) <= max(sizes, default=0)
+
+
+@given(SIZES, st.integers(1, 60), st.integers(1, 3))
+def test_budget_holds_unless_one_sequence_alone_exceeds_it(sizes: list[int], budget: int, multiple: int) -> None:
+    contents = split_by_budget(sizes, budget, multiple)
+    assert len(contents) % multiple == 0 and contents
+    assert all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents)
+
+
+@given(SIZES, st.integers(1, 4))
+def test_data_parallel_ranks_share_every_token_once(sizes: list[int], ranks: int) -> None:
+    samples = [sample(size) for size in sizes]
+    batches = [pack_micro_batches(samples, budget=50, data_parallel_rank=r, data_parallel_size=ranks) for r in range(ranks)]
+    assert all(batches)  # a rank without a sample still takes part
+    assert sum(int(b.response_mask.sum()) for mine in batches for b in mine) == sum(sizes)
+    real = sum(int((b.scale.nonzero().numel() > 0) and b.cu_seqlens[-1]) for mine in batches for b in mine)
+    assert real == sum(sequence_tokens(s.trajectory) for s in samples)
+
+
+def test_an_empty_micro_batch_is_one_masked_token() -> None:
+    (batch,) = pack_micro_batches([], budget=10)
+    assert batch.tokens.tolist() == [0] and not batch.response_mask.any() and torch.equal(batch.scale, torch.zeros(1))
