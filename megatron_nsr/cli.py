@@ -18,7 +18,12 @@ from megatron_nsr.types import UserError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="RLVR at Megatron scale, split by the sign of the reward.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="RLVR at Megatron scale, split by the sign of the reward.",
+)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")]

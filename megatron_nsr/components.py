@@ -70,9 +70,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
 
 
 def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
-    return PromptSampler(
-        len(prompts.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
-    )
+    return PromptSampler(len(prompts.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,9 @@ class ModelConfig(Section):
     path: str = Field(description="HF directory (config.json, tokenizer, safetensors) or a checkpoint of ours (RUN/checkpoints/step_N)")
     initialization: Literal["pretrained", "random"] = Field("pretrained", description="random needs only config.json and the tokenizer")
     backend: Literal["auto", "cpu", "te"] = Field("auto", description="layer implementation: te on CUDA, cpu elsewhere; auto chooses")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32"
+    )
 
 
 class ParallelConfig(Section):
@@ -51,7 +53,9 @@ class ParallelConfig(Section):
 
 class DataConfig(Section):
     train: str | None = Field(None, description="training prompts: .parquet, .jsonl, or a saved HF data set's directory")
-    template: Literal["qwen2.5-math", "qwen3", "llama3.1", "plain"] = Field(description="prompt template; plain is the problem's text alone")
+    template: Literal["qwen2.5-math", "qwen3", "llama3.1", "plain"] = Field(
+        description="prompt template; plain is the problem's text alone"
+    )
     max_prompt_tokens: Positive = Field(1024, description="longer prompts are left out and counted")
     prompts_per_step: Positive = Field(1024, description="prompts a step; an epoch's last short batch is dropped")
     shuffle: bool = Field(True, description="a new order each epoch, from run.seed")
@@ -68,7 +72,9 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB")
-    max_logprob_gap: PositiveFloat | None = Field(None, description="largest |engine - policy| log-prob of a sampled token before the run stops; None only logs it")
+    max_logprob_gap: PositiveFloat | None = Field(
+        None, description="largest |engine - policy| log-prob of a sampled token before the run stops; None only logs it"
+    )
 
 
 class RewardConfig(Section):
@@ -86,8 +92,12 @@ class ObjectiveConfig(Section):
     eps_low: Fraction = Field(0.2, description="negative samples stop where the ratio falls below 1 - eps_low")
     eps_high: NonNegativeFloat = Field(0.2, description="positive samples stop where the ratio exceeds 1 + eps_high")
     entropy_coefficient: NonNegativeFloat = Field(1e-4, description="entropy bonus over kept tokens, not scaled by lambda")
-    aggregation: Literal["sequence_mean", "token_mean"] = Field("sequence_mean", description="mean over tokens then samples (paper D.1), or over tokens (its code)")
-    normalization: Literal["batch", "per_sign"] = Field("batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches")
+    aggregation: Literal["sequence_mean", "token_mean"] = Field(
+        "sequence_mean", description="mean over tokens then samples (paper D.1), or over tokens (its code)"
+    )
+    normalization: Literal["batch", "per_sign"] = Field(
+        "batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches"
+    )
     mini_batch_prompts: Positive = Field(256, description="prompts an optimizer step")
     dropped_share: Fraction = Field(0.1, description="share of dropped samples on which entropy and log-prob gap are measured all the same")
 
@@ -106,7 +116,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation: none, core attention, whole layers")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activation recomputation: none, core attention, whole layers"
+    )
     head_chunk_tokens: Positive = Field(1024, description="tokens whose logits live at once in the LM head")
 
 

@@ -128,5 +128,3 @@ def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "rollout/response_tokens_mean": float(np.mean([trajectory.length for trajectory in trajectories])),
         "rollout/weight_version": float(trajectories[0].weight_version),
     }
-
-

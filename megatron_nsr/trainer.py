@@ -113,7 +113,13 @@ class Trainer:
         tokens = sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in experience.trajectories)
         times = clock.metrics()
         metrics = self.parts.source.finish(metrics)
-        return {"data/epoch": float(self.sampler.epoch), **experience.metrics, **metrics, **times, "perf/tokens_per_s": tokens / times["time/step_s"]}
+        return {
+            "data/epoch": float(self.sampler.epoch),
+            **experience.metrics,
+            **metrics,
+            **times,
+            "perf/tokens_per_s": tokens / times["time/step_s"],
+        }
 
     def _checkpoint(self) -> None:
         actor = self.parts.actor

@@ -1,6 +1,7 @@
 """The dataclasses that cross a boundary between packages.
 
-May import: numpy and the standard library; torch for type checking only, so that grader processes start light. Dimension names: tokens, hidden, vocab_shard, prompts, samples.
+May import: numpy and the standard library; torch for type checking only, so that grader processes start light.
+Dimension names: tokens, hidden, vocab_shard, prompts, samples.
 """
 
 from __future__ import annotations

@@ -64,5 +64,4 @@ def write_tiny_model(path: Path, family: str, *, tied: bool, **fields: Any) -> t
 
 def packed_logits(model: transformers.PreTrainedModel, lengths: list[int], tokens: torch.Tensor) -> torch.Tensor:
     """HF's logits [tokens, vocab] of sequences that lie one after another in `tokens`, each run alone."""
-    with torch.no_grad():
-        return torch.cat([model(sequence[None]).logits[0] for sequence in tokens.split(lengths)])
+    return torch.cat([model(sequence[None]).logits[0] for sequence in tokens.split(lengths)])

@@ -58,9 +58,7 @@ class Benchmarks:
         measured: list[Trajectory] = []
         for name, problems in self.benchmarks.items():
             prompts = problems.prompts
-            trajectories = self.rollouts.generate(
-                prompts, step=0, samples=self.settings.samples, sampling=self.sampling, purpose="eval"
-            )
+            trajectories = self.rollouts.generate(prompts, step=0, samples=self.settings.samples, sampling=self.sampling, purpose="eval")
             verdicts = grade_shared(trajectories, prompts, self.graders, self.reward.truncated)
             scored = score_benchmark(prompts, verdicts, self.settings.samples)
             result["benchmarks"][name] = {**scored, "too_long": problems.too_long}

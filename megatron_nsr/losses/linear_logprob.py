@@ -123,7 +123,9 @@ def _statistics(logits: Tensor, targets: Tensor, shard: VocabularyShard) -> tupl
     return _merge(maximum, total, centred, target, shard.group)
 
 
-def _merge(maximum: Tensor, total: Tensor, centred: Tensor, target: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(
+    maximum: Tensor, total: Tensor, centred: Tensor, target: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Joins the shards' statistics with one packed all-gather of four numbers a token."""
     if group is not None and dist.get_world_size(group) > 1:
         packed = torch.stack((maximum, total, centred, target))

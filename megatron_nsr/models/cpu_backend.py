@@ -132,9 +132,9 @@ class _TorchNorm:
     """Builds torch's RMSNorm. megatron-core's WrappedTorchNorm (transformer/torch_norm.py) refuses sequence parallelism, yet all
     it lacks is the attribute by which finalize_model_grads sums the weight's gradient over the tensor-parallel ranks."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.RMSNorm:  # type: ignore[misc]  # a spec's module is called, and may return what it builds
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.RMSNorm:
         norm = torch.nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
-        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]  # megatron-core's mark on a parameter
+        norm.weight.sequence_parallel = config.sequence_parallel
         return norm
 
 

@@ -97,7 +97,7 @@ def install() -> None:
         raise RuntimeError("psutil is not installed; without it megatron-core's checkpoint save never returns")
     if _installed:
         return
-    torch.cuda.current_device = _current_device  # type: ignore[assignment]  # a device where upstream expects an index: both name a device
+    torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
     _install_random_tracker()
     _installed = True

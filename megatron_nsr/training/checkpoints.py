@@ -52,7 +52,9 @@ class Checkpoints:
         found = distributed.broadcast_object(found)
         return Path(found) if found else None
 
-    def save(self, step: int, run_state: Mapping[str, Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, model_files: Path) -> None:
+    def save(
+        self, step: int, run_state: Mapping[str, Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, model_files: Path
+    ) -> None:
         """Writes step_N under another name, renames it when complete, then moves `latest`."""
         partial, final = self.directory / f".partial-step_{step}", self.directory / f"step_{step}"
         if distributed.rank() == 0:
@@ -127,7 +129,12 @@ def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, b
 def copy_model_files(source: Path, target: Path) -> None:
     """Copies config.json and the tokenizer: every small file of a model directory that holds no weights."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix in {".json", ".model", ".txt", ".jinja"} and file.name != RUN_FILE and "safetensors" not in file.name:
+        if (
+            file.is_file()
+            and file.suffix in {".json", ".model", ".txt", ".jinja"}
+            and file.name != RUN_FILE
+            and "safetensors" not in file.name
+        ):
             shutil.copy2(file, target / file.name)
 
 

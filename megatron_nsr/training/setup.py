@@ -37,9 +37,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend) -> Actor:
     load_initial_weights(chunks, config, shape, backend)
     with backend.phase():
         wrapped = wrap_data_parallel(chunks, distributed_optimizer=config.parallel.distributed_optimizer)
-        optimizer = build_optimizer(
-            wrapped, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer
-        )
+        optimizer = build_optimizer(wrapped, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer)
     return Actor(
         wrapped,
         optimizer,

@@ -25,7 +25,6 @@ from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 
 LAYOUTS = {
-    1: {"one": {}},
     2: {
         "tp2": {"tensor": 2},
         "tp2_sp": {"tensor": 2, "sequence": True},
