@@ -1,0 +1,73 @@
+"""The check of a stream of pushed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
+
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+NAMES = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
+
+
+def stream(*names: str, rows: int = 4) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, torch.full((rows, 2), float(i))) for i, name in enumerate(names))
+
+
+def test_fused_parameters_stand_for_their_parts() -> None:
+    names = checkpoint_names(["layers.0.attn.qkv_proj.weight", "layers.0.attn.qkv_proj.bias", "layers.0.norm.weight"], PACKED)
+    parts = {f"layers.0.attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")}
+    assert names == parts | {"layers.0.norm.weight"}
+
+
+def test_a_complete_push_passes_and_is_handed_on_in_order() -> None:
+    pushed = PushedWeights(stream(*sorted(NAMES)), NAMES, vocabulary=4, copy_embedding=False)
+    assert [name for name, _ in pushed] == sorted(NAMES)
+    pushed.check()
+
+
+def test_a_tied_embedding_is_handed_on_as_the_head_too() -> None:
+    pushed = PushedWeights(stream("model.embed_tokens.weight", "model.norm.weight"), NAMES, vocabulary=4, copy_embedding=True)
+    got = dict(pushed)
+    pushed.check()
+    assert got["lm_head.weight"] is got["model.embed_tokens.weight"]
+
+
+def test_a_missing_tensor_is_named() -> None:
+    pushed = PushedWeights(stream("model.embed_tokens.weight", "lm_head.weight"), NAMES, vocabulary=4, copy_embedding=False)
+    pushed.drain()
+    with pytest.raises(RuntimeError, match=r"lack 1 of 3 tensors: model\.norm\.weight"):
+        pushed.check()
+
+
+def test_an_unknown_tensor_is_named_and_withheld() -> None:
+    pushed = PushedWeights(stream(*NAMES, "value_head.weight"), NAMES, vocabulary=4, copy_embedding=False)
+    assert "value_head.weight" not in dict(pushed)
+    with pytest.raises(RuntimeError, match=r"value_head\.weight is no weight of the model"):
+        pushed.check()
+
+
+def test_padding_rows_of_the_vocabulary_are_refused() -> None:
+    pushed = PushedWeights(stream(*NAMES, rows=6), NAMES, vocabulary=4, copy_embedding=False)
+    assert list(dict(pushed)) == ["model.norm.weight"]
+    with pytest.raises(RuntimeError, match="has 6 rows, not vocab_size=4"):
+        pushed.check()
+
+
+def test_drain_consumes_what_the_engine_left_and_only_once() -> None:
+    consumed: list[str] = []
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in stream(*sorted(NAMES)):
+            consumed.append(name)
+            yield name, tensor
+
+    pushed = PushedWeights(counted(), NAMES, vocabulary=4, copy_embedding=False)
+    next(iter(pushed))
+    pushed.drain()
+    pushed.drain()
+    assert consumed == sorted(NAMES)
+    pushed.check()
