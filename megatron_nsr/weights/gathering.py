@@ -32,8 +32,9 @@ def gather_hf_tensors(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_b
     """Collective over the tensor- and pipeline-parallel ranks: every rank yields the same (HF name, whole tensor) sequence.
 
     Tensors have the parameters' dtype and the unpadded vocabulary; a tied head is the embedding and is not yielded again. They
-    are views of a bucket's buffer, not of the parameters. A bucket has at most `bucket_bytes`, or one parameter's tensors; at most
-    two buckets' memory is taken beside the model, as long as the caller keeps no tensor. Every rank must exhaust the iterator.
+    are views of a bucket's buffer, not of the parameters. A bucket has at most `bucket_bytes`, or one parameter's tensors. Beside the
+    model, a rank holds one bucket, and the owner while it fills it also the received shards and the parameter being joined, as
+    long as the caller keeps no tensor. Every rank must exhaust the iterator.
     """
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
     sample = next(iter(parameters[0].values()))
@@ -79,7 +80,8 @@ def _all_gather(tensors: Sequence[Tensor], tp: dist.ProcessGroup) -> list[list[T
     if tp.size() == 1 or not tensors:
         return [[tensor] for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]
-    local = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    local = flat[0] if len(flat) == 1 else torch.cat(flat)  # a large embedding travels alone: no copy of it
     received = local.new_empty(tp.size() * local.numel())  # gloo wants a flat output
     dist.all_gather_into_tensor(received, local, group=tp)
     columns = received.view(tp.size(), -1).split(sizes, dim=1)
