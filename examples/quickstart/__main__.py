@@ -17,7 +17,7 @@ from rich.console import Console
 
 from examples.quickstart.jobs import BASE, OBJECTIVES, Job, JobFailed, Stopped, StopSignals, base_job, last_lines, objective_job, run_jobs
 from examples.quickstart.prepare import prepare
-from examples.quickstart.progress import LiveProgress, pass_at_k_table
+from examples.quickstart.progress import LiveProgress
 from megatron_nsr.types import UserError
 
 REPORT = "report"
@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("Stopped. The same command continues from the newest checkpoints.")
         return 3
     except JobFailed as failure:
-        return _explain(failure)
+        explain(failure)
+        return _exit_status(failure.status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,24 +51,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(out: Path, wanted: Sequence[str], signals: StopSignals, console: Console) -> int:
-    jobs = {BASE: base_job(out)} | {name: objective_job(name, out) for name in OBJECTIVES}
-    prepare(out)
-    if BASE in wanted:
-        _train([jobs[BASE]], signals, console)
-    objectives = [jobs[name] for name in OBJECTIVES if name in wanted]
-    if objectives:
-        if not jobs[BASE].done:
-            raise UserError(f"{jobs[BASE].run.path}: the base model is not there; run `python -m examples.quickstart --only base` first")
-        _train(objectives, signals, console)
-    return _report(out, list(jobs.values()), signals, console) if REPORT in wanted else 0
+    base, objectives = base_job(out), [objective_job(name, out) for name in OBJECTIVES]
+    if BASE not in wanted and REPORT not in wanted and not base.done:
+        raise UserError(f"{base.run.path}: the base model is not there; run `python -m examples.quickstart --only base` first")
+    stages = [[job for job in stage if job.name in wanted] for stage in ([base], objectives)]
+    if any(not job.done for stage in stages for job in stage):
+        prepare(out)
+    for stage in stages:
+        _train(stage, signals, console)
+    return _report(out, [base, *objectives], signals, console) if REPORT in wanted else 0
 
 
 def _train(jobs: Sequence[Job], signals: StopSignals, console: Console) -> None:
     """Runs those of the jobs that are not done yet."""
+    todo = [job for job in jobs if not job.done]
     for job in jobs:
-        console.print(f"{job.name}: done already, in {job.run.path}" if job.done else f"{job.name}: log in {job.log}", soft_wrap=True)
+        state = f"log in {job.log}" if job in todo else f"done already, in {job.run.path}"
+        console.print(f"{job.name}: {state}", soft_wrap=True)
     with LiveProgress(console) as progress:
-        run_jobs([job for job in jobs if not job.done], CORES, signals, progress.update)
+        run_jobs(todo, CORES, signals, progress.update)
 
 
 def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Console) -> int:
@@ -75,28 +77,27 @@ def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Conso
     for job in jobs:
         if not job.done:
             raise UserError(f"{job.run.path}: this run is not done, and the report compares all; run it with --only {job.name} first")
-    page = out / "report.html"
-    runs = {job.name: job.run for job in jobs}
-    table = pass_at_k_table(runs)
-    command = [sys.executable, "-m", "megatron_nsr", "report", *(str(run.path) for run in runs.values()), "--out", str(page)]
+    page, runs = out / "report.html", [job.run.path for job in jobs]
+    command = [sys.executable, "-m", "megatron_nsr", "report", *map(str, runs), "--out", str(page)]
     status = subprocess.run(command).returncode
     if signals.count:
         raise Stopped
     if status:
         print(f"error: the report ended with status {status}: {shlex.join(command)}", file=sys.stderr)
         return _exit_status(status)
-    console.print(table)
+    from megatron_nsr.evaluation.report import render_pass_at_k_table  # its plots take a second to import
+
+    console.print(render_pass_at_k_table(runs))
     console.print(f"Report: {page}", soft_wrap=True)
     return 0
 
 
-def _explain(failure: JobFailed) -> int:
+def explain(failure: JobFailed) -> None:
     """Shows the end of the failed job's log, and how to start it by hand."""
     show = partial(print, file=sys.stderr)
     show(*last_lines(failure.job.log), sep="\n")
     show(f"error: {failure.job.name} ended with status {failure.status}; the lines above end its log, {failure.job.log}")
     show(f"It was started as: {shlex.join(failure.job.command)}")
-    return _exit_status(failure.status)
 
 
 def _exit_status(status: int) -> int:

@@ -1,4 +1,4 @@
-"""What a run's files say while it trains and when it has ended, for the terminal. May import: megatron_nsr, the jobs, rich."""
+"""Live progress of the runs, read from the files that they write. May import: megatron_nsr, the jobs, rich."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from examples.quickstart.jobs import Job
 from megatron_nsr.config import load_config
@@ -84,34 +83,3 @@ def total_steps(run: RunDirectory) -> int | None:
         return load_config(run.config).run.steps
     except UserError:
         return None
-
-
-def read_evaluation(run: RunDirectory) -> dict[str, Any]:
-    """The newest evaluation of a run. Raises UserError where there is none that can be read."""
-    steps = run.evaluation_steps()
-    if not steps:
-        raise UserError(f"{run.path / 'eval'}: no evaluation; let this run finish first")
-    path = run.evaluation(steps[-1])
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return values | {"puzzle": values["benchmarks"]["puzzle"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not an evaluation of the puzzle ({error!r})") from None
-
-
-def pass_at_k_table(runs: Mapping[str, RunDirectory]) -> Table:
-    """Pass@k in percent on the held-out puzzles, a row for each run, and the entropy on their prompts."""
-    evaluations = {name: read_evaluation(run) for name, run in runs.items()}
-    ks = sorted({int(k) for evaluation in evaluations.values() for k in evaluation["puzzle"]["pass_at_k"]})
-    samples = ", ".join(sorted({str(evaluation["puzzle"]["n"]) for evaluation in evaluations.values()}))
-    table = Table(title=f"Pass@k on held-out puzzles, percent (n = {samples})")
-    table.add_column("run")
-    for k in ks:
-        table.add_column(f"@{k}", justify="right")
-    table.add_column("entropy", justify="right")
-    for name, evaluation in evaluations.items():
-        curve = evaluation["puzzle"]["pass_at_k"]
-        cells = [f"{100 * curve[str(k)]:.1f}" if str(k) in curve else "-" for k in ks]
-        entropy = evaluation.get("heldout_entropy")
-        table.add_row(name, *cells, "-" if entropy is None else f"{entropy:.3f}")
-    return table
