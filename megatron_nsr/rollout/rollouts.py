@@ -42,9 +42,7 @@ class Rollouts:
         # Python objects travel over gloo: NCCL would take them through GPU memory
         self._group = dist.new_group(backend="gloo") if world_size > 1 else None
 
-    def generate(
-        self, prompts: Sequence[Prompt], *, step: int, samples: int, sampling: Sampling, purpose: Purpose
-    ) -> list[Trajectory]:
+    def generate(self, prompts: Sequence[Prompt], *, step: int, samples: int, sampling: Sampling, purpose: Purpose) -> list[Trajectory]:
         """Samples `samples` responses a prompt; the list is ordered by (prompt, sample) and the same on every rank.
 
         Seeds derive from (run seed, step, prompt id, sample, purpose), so the tokens do not depend on the number of engines.

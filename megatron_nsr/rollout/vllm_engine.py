@@ -74,7 +74,7 @@ class VllmEngine:
             **(_cpu_options(max_model_len) if on_cpu else {"enforce_eager": enforce_eager}),
         }
         with caller_state_kept(), private_shared_memory() if on_cpu and tensor_parallel > 1 else nullcontext():
-            self._llm = LLM(
+            self._llm: Any = LLM(
                 str(model_dir),
                 dtype=dtype,
                 max_model_len=max_model_len,
@@ -132,9 +132,10 @@ class VllmEngine:
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing. A process group that existed before the engine stays usable."""
-        self._version = None
-        with default_process_group_kept() if self._distributed else nullcontext():
-            self._llm.llm_engine.engine_core.shutdown()
+        llm, self._llm, self._version = self._llm, None, None
+        if llm is not None:
+            with default_process_group_kept() if self._distributed else nullcontext():
+                llm.llm_engine.engine_core.shutdown()
 
     def __enter__(self) -> Self:
         return self

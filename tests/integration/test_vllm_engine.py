@@ -115,3 +115,8 @@ def test_arrays_have_their_documented_types(seen: Seen) -> None:
 
 def test_the_callers_random_state_is_untouched(seen: Seen) -> None:
     assert seen["start_left_state"] and seen["use_left_state"]
+
+
+def test_a_closed_engine_leaves_the_process_group_usable_and_samples_no_more(seen: Seen) -> None:
+    assert seen["group_after_close"] == [1.0, 1.0]
+    assert seen["after_close"].startswith("RuntimeError")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
@@ -141,7 +142,10 @@ def main(out: Path) -> None:
     old, new = random_model(1), random_model(2)
     (out / "model").mkdir()
     old.config.save_pretrained(out / "model")
-    (out / "model" / "generation_config.json").write_text(json.dumps({"temperature": 0.01, "top_k": 1, "max_new_tokens": 2, "eos_token_id": 7}))
+    (out / "model" / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.01, "top_k": 1, "max_new_tokens": 2, "eos_token_id": 7})
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as a trainer has it before its engine
     before = process_state()
     seen: dict[str, Any] = {}
     with VllmEngine(out / "model", dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=64, kv_cache_mib=64) as engine:
@@ -149,6 +153,11 @@ def main(out: Path) -> None:
         seen |= weights_cases(engine, old, new)
         seen |= sampling_cases(engine, new)
         seen["use_left_state"] = process_state() == before
+    engine.close()  # a second time
+    ones = torch.ones(2)
+    dist.all_reduce(ones)
+    seen["group_after_close"] = ones.tolist()
+    seen["after_close"] = message(lambda: engine.generate(requests(), NO_STOP))
     (out / "seen.json").write_text(json.dumps(seen))
 
 
