@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from megatron_nsr.observability.run_directory import replacing
 
@@ -67,7 +67,7 @@ def line_figure(
 ) -> Figure:
     """Curves in one axes; values that are not finite, or not positive on a log axis, leave a gap."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
         draw_lines(figure.subplots(), lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
         if legend:
             _legend_below(figure)
@@ -103,27 +103,30 @@ def draw_lines(
             label=line.label,
         )
         if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.13, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.11, linewidth=0)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _scale_x(axes, x_scale, sorted({x for line in lines for x in line.x}))
-    if y_scale == "log" and any(value > 0 for line in lines for value in line.y):
-        axes.set_yscale("log", nonpositive="mask")
+    if y_scale == "log":
+        _log_y(axes, [value for line in lines for value in line.y if value > 0])
+
+
+def bars_figure(labels: Sequence[str], values: Sequence[float], colors: Sequence[str], *, x_label: str) -> Figure:
+    """One horizontal bar a label, from the top down, each in its colour."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _bar_axes(labels, x_label)
+        axes.barh(range(len(labels)), values, height=0.62, color=list(colors), linewidth=0)
+    return figure
 
 
 def stacked_bars_figure(labels: Sequence[str], parts: Mapping[str, Sequence[float]], *, x_label: str) -> Figure:
     """One horizontal bar a label, from the top down, made of the parts in their order; part i has colour i."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.2, 1.1 + 0.42 * len(labels)), layout="constrained")
-        axes = figure.subplots()
+        figure, axes = _bar_axes(labels, x_label)
         left = np.zeros(len(labels))
         for index, values in enumerate(parts.values()):
             axes.barh(range(len(labels)), values, left=left, height=0.62, color=color_of(index), linewidth=0)
             left += np.asarray(values, dtype=float)
-        axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(x_label)
     return figure
 
 
@@ -147,6 +150,16 @@ def write_png(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white")
 
 
+def _bar_axes(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.0, 1.1 + 0.42 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(x_label)
+    return figure, axes
+
+
 def _scale_x(axes: Axes, scale: Scale, positions: Sequence[float]) -> None:
     if scale == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -156,6 +169,15 @@ def _scale_x(axes: Axes, scale: Scale, positions: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(FixedLocator(list(positions)))
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _log_y(axes: Axes, positive: Sequence[float]) -> None:
+    if not positive:
+        return
+    axes.set_yscale("log", nonpositive="mask")
+    number = FuncFormatter(lambda value, _: f"{value:.0e}")
+    axes.yaxis.set_major_formatter(number)
+    axes.yaxis.set_minor_formatter(number if max(positive) < 10 * min(positive) else NullFormatter())
 
 
 def _legend_below(figure: Figure) -> None:

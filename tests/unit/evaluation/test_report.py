@@ -1,0 +1,271 @@
+"""The report compares runs on one page that needs nothing else, whatever a run lacks, and shows responses as text."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from megatron_nsr.config import parse_config
+from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
+from megatron_nsr.evaluation.report_data import bootstrap_band, difference_interval, load_runs, run_names
+from megatron_nsr.observability.loggers import JsonlLogger
+from megatron_nsr.observability.metrics import METRICS
+from megatron_nsr.observability.run_directory import RunDirectory, open_run, write_json
+from megatron_nsr.observability.samples import SampleRow, write_samples
+from megatron_nsr.observability.state import write_state
+from megatron_nsr.types import StepMetrics, UserError
+
+KS = (1, 2, 4, 8, 16)
+N = 16
+ATTACK = "<script>alert('stolen')</script></pre></details> 3 & 5 < 8"
+
+
+def make_run(
+    root: Path, name: str, objective: str, *, steps: int, evaluated: Sequence[int] = (), sampled: bool = False, skill: int = 4
+) -> Path:
+    """A run directory as training leaves it, with numbers that depend on `skill` only."""
+    config = {
+        "run": {"dir": str(root / name), "steps": max(steps, 1)},
+        "model": {"path": "model"},
+        "data": {"template": "plain", "prompts_per_step": 8},
+        "objective": {"name": objective, "mini_batch_prompts": 8},
+    }
+    run = open_run(parse_config(config))
+    logger = JsonlLogger(run.metrics)
+    for step in range(1, steps + 1):
+        logger.log(StepMetrics(step, step_values(objective, step, skill)))
+    logger.close()
+    for step in evaluated:
+        write_json(run.evaluation(step), evaluation(step, skill + step // 4))
+    if sampled:
+        for step in (1, 2):
+            write_samples(
+                run.samples(step), [sample(step, outcome, index) for outcome in ("correct", "wrong", "none") for index in range(5)]
+            )
+    write_json(run.environment, {"time": name, "versions": {"python": "3.11"}})
+    write_state(run, "done", steps)
+    return run.path
+
+
+def step_values(objective: str, step: int, skill: int) -> dict[str, float]:
+    if objective == "supervised":
+        return {"supervised/loss": 3 / step, "time/update_s": 0.4, "time/step_s": 0.4}
+    ramp = 1 - math.exp(-step / 10)
+    names = [name for name in METRICS if name.startswith(("reward/", "policy/", "rollout/", "time/"))]
+    return {name: (0.1 + 0.1 * skill * ramp) * (1e-5 if "gap" in name else 1) * (40 if "tokens" in name else 1) for name in names}
+
+
+def evaluation(step: int, skill: int) -> dict[str, Any]:
+    counts = [min(N, (index * 7 % 5) * skill // 2) for index in range(40)]
+    problems = [{"id": f"p{index}", "correct": count, "n": N} for index, count in enumerate(counts)]
+
+    def curve(k: int) -> float:
+        return sum(1 - math.comb(N - count, k) / math.comb(N, k) for count in counts) / len(counts)
+
+    benchmark = {"n": N, "pass_at_k": {str(k): curve(k) for k in reversed(KS)}, "problems": problems}
+    return {"step": step, "benchmarks": {"puzzle": benchmark}, "heldout_entropy": 1.5 - 0.1 * skill}
+
+
+def sample(step: int, outcome: str, index: int) -> SampleRow:
+    reason = {"correct": "match", "wrong": "mismatch", "none": "timeout"}[outcome]
+    prompt = f"Reach 24 from 3, {index}"
+    return SampleRow(step, f"q{index}", prompt, f"{outcome} of step {step}: {ATTACK}", outcome, reason, "24", "25", 9, "stop", 3, -0.4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        make_run(root, "base", "supervised", steps=30, evaluated=[30]),
+        make_run(root, "psr", "psr", steps=20, evaluated=[0, 8, 20], sampled=True, skill=2),
+        make_run(root, "nsr_$a$_<i>", "nsr", steps=20, evaluated=[0, 8, 20], sampled=True, skill=5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> str:
+    out = runs[0].parent / "report.html"
+    write_report(runs, out)
+    return out.read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text outside of styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_loads_nothing_from_elsewhere(page: str) -> None:
+    tags = Page(page).tags
+    assert not [tag for tag, _ in tags if tag in {"script", "link", "img", "iframe", "object", "embed", "base"}]
+    links = [value or "" for _, attributes in tags for name, value in attributes.items() if name in {"href", "src", "xlink:href", "action"}]
+    assert links and all(link.startswith("#") for link in links)
+    assert not re.search(r"@import|url\((?!['\"]?#)", page)
+
+
+def test_ids_are_unique_and_every_picture_has_a_description(page: str) -> None:
+    tags = Page(page).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    pictures = [attributes for tag, attributes in tags if tag == "svg"]
+    assert len(pictures) >= 11
+    assert all(picture.get("role") == "img" and picture.get("aria-label") for picture in pictures)
+
+
+def test_responses_are_shown_as_text(page: str) -> None:
+    assert "<script>" not in page and "<i>" not in page
+    text = Page(page).text
+    assert ATTACK in text and "nsr_$a$_<i>" in text
+
+
+def test_samples_of_the_last_kept_step_of_each_verdict(page: str) -> None:
+    text = Page(page).text
+    for outcome in ("correct", "wrong", "none"):
+        assert text.count(f"{outcome} of step 2: ") == 2 * 3  # two runs, three each
+    assert "of step 1:" not in text
+
+
+def test_every_subject_has_its_figure_or_table(page: str) -> None:
+    text = Page(page).text
+    for title in (
+        "Pass@k on puzzle",
+        "puzzle over training",
+        "Held-out entropy",
+        "Supervised loss",
+        "Correct responses",
+        "Fully solved prompts",
+        "Policy entropy",
+        "Loss by sign",
+        "Clip fraction by sign",
+        "Log-prob gap",
+        "Response length",
+        "Time of a step",
+        "Where the configs differ",
+        "Environment",
+    ):
+        assert title in text
+    assert "objective.name" in text and "run.dir" not in text
+
+
+def test_the_table_holds_final_values_and_differences_to_the_first_run(page: str, runs: list[Path]) -> None:
+    finals = [json.loads(RunDirectory(run).evaluation(step).read_text()) for run, step in zip(runs, (30, 20, 20), strict=True)]
+    scores = [final["benchmarks"]["puzzle"]["pass_at_k"] for final in finals]
+    text = Page(page).text
+    for k in ("1", "16"):
+        assert f"{100 * scores[2][k]:.1f} %" in text
+        assert f"{100 * (scores[2][k] - scores[0][k]):+.1f}" in text
+    assert f"{finals[2]['heldout_entropy'] - finals[0]['heldout_entropy']:+.3f}" in text
+
+
+def test_the_page_is_reproducible(page: str, runs: list[Path], tmp_path: Path) -> None:
+    write_report(runs, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize(("steps", "evaluated", "sampled"), [(0, [], False), (1, [], False), (1, [1], True), (3, [], True)])
+def test_a_run_that_lacks_things_still_renders(tmp_path: Path, steps: int, evaluated: list[int], sampled: bool) -> None:
+    run = make_run(tmp_path, "short", "nsr", steps=steps, evaluated=evaluated, sampled=sampled)
+    write_report([run], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert ("Policy entropy" in text, "Pass@k on" in text, "Samples" in text) == (steps > 0, bool(evaluated), sampled)
+
+
+def test_a_bare_config_and_a_benchmark_without_counts_still_render(tmp_path: Path, runs: list[Path]) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.yaml").write_text("objective:\n  name: of_an_earlier_version\n")
+    write_json(RunDirectory(bare).evaluation(2), {"step": 2, "benchmarks": {"other": {"n": 4, "pass_at_k": {"1": 0.5}}}})
+    write_report([bare, *runs], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "of_an_earlier_version" in text and "Pass@k on other" in text and "Pass@k on puzzle" in text
+
+
+def test_runs_evaluated_once_compare_entropy_in_bars(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, name, "nsr", steps=2, evaluated=[2], skill=skill) for name, skill in (("a", 2), ("b", 4))]
+    write_report(runs, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    labels = [attributes["aria-label"] or "" for tag, attributes in page.tags if tag == "svg"]
+    assert "Bars of held-out entropy: a 1.3, b 1.1" in labels
+    assert "over training" not in page.text
+
+
+def test_a_run_evaluated_once_is_a_level_beside_the_others(page: str) -> None:
+    text = Page(page).text
+    assert "base, k = 16" in text and "A run evaluated once is drawn as a level." in text
+    assert "mathdefault" not in text  # numbers on a log axis are plain text
+
+
+def test_the_bootstrap_band_holds_the_curve_and_is_seeded(runs: list[Path]) -> None:
+    result = load_runs(runs)[1].final("puzzle")
+    assert result is not None
+    low, high = bootstrap_band(result)
+    assert list(result.pass_at_k) == sorted(KS)
+    assert all(a < value < b for a, value, b in zip(low, result.pass_at_k.values(), high, strict=True))
+    assert result.per_problem.mean(axis=0) == pytest.approx(list(result.pass_at_k.values()), abs=1e-12)
+    # The standard error of a mean over 40 problems, within what 1,000 resamples can tell.
+    standard_error = result.per_problem[:, 0].std() / math.sqrt(40)
+    assert high[0] - low[0] == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
+    assert (bootstrap_band(result)[0] == low).all()
+
+
+def test_a_difference_is_paired_over_the_same_problems(runs: list[Path]) -> None:
+    base, better = (load_runs(runs)[index].final("puzzle") for index in (1, 2))
+    assert base is not None and better is not None
+    assert difference_interval(base, base) == dict.fromkeys(KS, (0.0, 0.0))
+    low, high = difference_interval(better, base)[1]
+    assert low < better.pass_at_k[1] - base.pass_at_k[1] < high
+
+
+def test_runs_of_the_same_name_are_told_apart() -> None:
+    assert run_names([Path("a/nsr"), Path("b/nsr"), Path("a/psr")]) == ["a/nsr", "b/nsr", "psr"]
+
+
+def test_the_terminal_table_has_a_row_a_run(runs: list[Path]) -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_pass_at_k_table(runs))
+    text = console.export_text()
+    for expected in ("base", "psr", "Pass@1", "Pass@16", "entropy"):
+        assert expected in text
+
+
+def test_the_picture_is_a_png_of_evaluated_runs_only(runs: list[Path], tmp_path: Path) -> None:
+    write_pass_at_k_figure(runs, tmp_path / "pass_at_k.png")
+    assert (tmp_path / "pass_at_k.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UserError, match="none holds an evaluation"):
+        write_pass_at_k_figure([make_run(tmp_path, "untested", "nsr", steps=1)], tmp_path / "none.png")
+
+
+def test_wrong_arguments_are_named(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run .*absent: no such directory"):
+        write_report([runs[0], tmp_path / "absent"], tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"not a run directory, it holds no config\.yaml"):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="no run given"):
+        write_report([], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 1}', '{"step": 1, "benchmarks": {"puzzle": {"n": 4}}}'])
+def test_a_broken_evaluation_is_named(tmp_path: Path, content: str) -> None:
+    run = make_run(tmp_path, "broken", "nsr", steps=1, evaluated=[1])
+    RunDirectory(run).evaluation(1).write_text(content)
+    with pytest.raises(UserError, match=r"eval.step_1\.json: not"):
+        write_report([run], tmp_path / "report.html")
