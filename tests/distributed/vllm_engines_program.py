@@ -26,10 +26,10 @@ PROMPTS = [Prompt(id=f"p{i}", text="", token_ids=tuple(range(10 + i, 20 + 2 * i)
 
 
 def random_model(seed: int) -> PreTrainedModel:
-    """A tied Qwen2: fused weights with biases, and a KV head for each of two ranks."""
+    """An untied Qwen2: fused weights with biases, and a KV head for each of two ranks."""
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.25, architectures=["Qwen2ForCausalLM"],
+        max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.25, architectures=["Qwen2ForCausalLM"],
     )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -134,8 +134,9 @@ def sampling_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]
 
 
 def process_state() -> list[Any]:
+    numpy_state: Any = np.random.get_state()
     state = torch.get_rng_state().numpy().tobytes().hex()
-    return [state, np.random.get_state()[1].tolist(), hash(random.getstate()), id(torch.set_num_threads)]
+    return [state, numpy_state[1].tolist(), hash(random.getstate()), id(torch.set_num_threads)]
 
 
 def main(out: Path) -> None:
