@@ -35,6 +35,7 @@ METRICS: dict[str, str] = {
     "policy/clip_fraction_psr": "tokens of correct responses whose gradient the ratio clip zeroes, 0 to 1",
     "policy/clip_fraction_nsr": "tokens of wrong responses whose gradient the ratio clip zeroes, 0 to 1",
     "policy/entropy": "mean entropy of the policy at response tokens, nats a token",
+    "policy/logprob": "mean log-probability of response tokens under the policy, nats a token",
     "policy/kept_ratio": "responses that the objective trains on, share of all sampled, 0 to 1",
     "policy/updates": "optimizer steps in the training step, count",
     "policy/learning_rate": "learning rate of the step's last update",
