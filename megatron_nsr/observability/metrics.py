@@ -18,7 +18,7 @@ from megatron_nsr.types import StepMetrics, UserError
 METRICS: dict[str, str] = {
     "reward/correct_ratio": "correct responses among those with a verdict, 0 to 1",
     "reward/fully_solved_ratio": "prompts whose every response with a verdict is correct, share of prompts, 0 to 1",
-    "reward/never_solved_ratio": "prompts without a correct response, share of prompts, 0 to 1",
+    "reward/never_solved_ratio": "prompts whose every response with a verdict is wrong, share of prompts, 0 to 1",
     "reward/no_verdict_ratio": "responses without a verdict (grader timeout or crash, unusable reference answer), 0 to 1",
     "reward/truncated_ratio": "responses that ran out of tokens, 0 to 1",
     "rollout/response_tokens_mean": "mean response length, tokens",
@@ -42,7 +42,7 @@ METRICS: dict[str, str] = {
     "supervised/loss": "mean negative log-likelihood of reference responses, nats a token",
     "heldout/entropy": "mean entropy of the policy at response tokens on held-out prompts, nats a token",
     "eval/<benchmark>/pass@<k>": "unbiased Pass@k, mean over the benchmark's problems, 0 to 1",
-    "data/epoch": "passes over the training prompts, fractional",
+    "data/epoch": "complete passes over the training prompts, count",
     "time/step_s": "wall time of the whole step, seconds",
     "time/rollout_s": "wall time of sampling, seconds",
     "time/reward_s": "wall time of grading that sampling did not hide, seconds",
