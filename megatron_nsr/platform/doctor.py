@@ -17,7 +17,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -81,11 +81,6 @@ def render(checks: Sequence[Check]) -> RenderableType:
     on_gpu = any(check.name == "GPU" and check.status == "ok" for check in checks)
     verdict = f"This machine can{'' if can_train(checks) else 'not yet'} train on the {'GPU' if on_gpu else 'CPU'}."
     return Group(table, Text(), *remedies, *([Text()] if remedies else []), Text(verdict, style="bold"))
-
-
-def print_report(checks: Sequence[Check]) -> None:
-    """Prints the findings on standard output."""
-    Console().print(render(checks))
 
 
 def project_requirements() -> list[str]:

@@ -21,7 +21,8 @@ LAYERS = [
     {"evaluation", "launch", "planning"},
     {"experience"},
     {"components"},
-    {"trainer"},
+    {"recording"},
+    {"trainer", "evaluator"},
     {"cli"},
     {"__main__"},
 ]
