@@ -68,8 +68,9 @@ def _train(jobs: Sequence[Job], signals: StopSignals, console: Console) -> None:
     for job in jobs:
         state = f"log in {job.log}" if job in todo else f"done already, in {job.run.path}"
         console.print(f"{job.name}: {state}", soft_wrap=True)
-    with LiveProgress(console) as progress:
-        run_jobs(todo, CORES, signals, progress.update)
+    if todo:
+        with LiveProgress(console) as progress:
+            run_jobs(todo, CORES, signals, progress.update)
 
 
 def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Console) -> int:
@@ -79,7 +80,7 @@ def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Conso
             raise UserError(f"{job.run.path}: this run is not done, and the report compares all; run it with --only {job.name} first")
     page, runs = out / "report.html", [job.run.path for job in jobs]
     command = [sys.executable, "-m", "megatron_nsr", "report", *map(str, runs), "--out", str(page)]
-    status = subprocess.run(command).returncode
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if signals.count:
         raise Stopped
     if status:
