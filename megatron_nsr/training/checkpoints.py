@@ -66,7 +66,13 @@ class Checkpoints:
         distributed.barrier()
         if distributed.rank() == 0:
             copy_model_files(model_files, partial)
-            description = {"step": step, "world_size": distributed.world_size(), "updates": _adam_step(optimizer), **run_state}
+            description = {
+                "step": step,
+                "world_size": distributed.world_size(),
+                "distributed_optimizer": _is_distributed(wrapped),
+                "updates": _adam_step(optimizer),
+                **run_state,
+            }
             (partial / RUN_FILE).write_text(json.dumps(description, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
@@ -80,6 +86,9 @@ class Checkpoints:
         On another number of ranks the generators start afresh: nothing that trains draws from them.
         """
         description: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
+        mine, theirs = _is_distributed(wrapped), description["distributed_optimizer"]
+        if mine != theirs:  # megatron-core stores the two kinds of optimizer state under different names
+            raise UserError(f"parallel.distributed_optimizer={str(mine).lower()}: checkpoint {path} was written with {str(theirs).lower()}")
         load_state(path / "state", wrapped, optimizer, backend)
         _set_adam_step(optimizer, description["updates"])
         if description["world_size"] == distributed.world_size():
@@ -156,6 +165,10 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
     get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _is_distributed(wrapped: Sequence[Any]) -> bool:
+    return bool(wrapped[0].ddp_config.use_distributed_optimizer)
 
 
 def _bare(chunk: Any) -> Any:
