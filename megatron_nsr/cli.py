@@ -73,9 +73,20 @@ def score(
     def work() -> int:
         from rich.console import Console
 
+        from megatron_nsr.config import RewardConfig
         from megatron_nsr.evaluation.score import render, score_file
 
-        Console().print(render(score_file(generations, out, grader=grader, workers=workers, timeout_s=timeout_s)))
+        limits = RewardConfig()
+        summary = score_file(
+            generations,
+            out,
+            grader=grader,
+            workers=workers,
+            timeout_s=timeout_s,
+            memory_limit_mib=limits.memory_limit_mib,
+            cache_size=limits.cache_size,
+        )
+        Console().print(render(summary))
         return DONE
 
     _exit(work)

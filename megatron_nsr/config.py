@@ -175,9 +175,8 @@ class Config(Section):
         if parallel.sequence and parallel.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more, not 1")
         if self.optimizer.min_learning_rate > self.optimizer.learning_rate:
-            raise ValueError(
-                f"optimizer.min_learning_rate={self.optimizer.min_learning_rate} is above optimizer.learning_rate={self.optimizer.learning_rate}"
-            )
+            low, high = self.optimizer.min_learning_rate, self.optimizer.learning_rate
+            raise ValueError(f"optimizer.min_learning_rate={low} is above optimizer.learning_rate={high}")
         return self
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from megatron_nsr.components import build_components, read_inputs
 from megatron_nsr.config import Config
-from megatron_nsr.evaluation.score import pass_at_k_table
+from megatron_nsr.evaluation.report import render_pass_at_k_table
 from megatron_nsr.observability.run_directory import open_run, write_json
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.checkpoints import RUN_FILE, is_checkpoint
@@ -35,6 +35,5 @@ def evaluate(config: Config) -> None:
         result = parts.benchmarks.run(step, parts.actor).result
         if distributed.rank() == 0:
             write_json(run.evaluation(step), result)
-            for name, scores in result["benchmarks"].items():
-                Console().print(pass_at_k_table(f"{name}, {len(scores['problems'])} problems", scores["pass_at_k"]))
+            Console().print(render_pass_at_k_table([run.path]))
             Console().print(f"written to {run.evaluation(step)}")

@@ -88,9 +88,9 @@ class References:
         return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
-        """No engine sampled these responses, so there is no gap to it; the loss is the mean negative log-prob."""
-        kept = {name: value for name, value in metrics.items() if not name.startswith("rollout/")}
-        return {"supervised/loss": -metrics["policy/logprob"], **kept}
+        """The loss is the mean negative log-prob; what compares with an engine or splits by sign has no meaning here."""
+        kept = ("policy/learning_rate", "policy/updates", "policy/grad_norm", "policy/entropy", "policy/logprob")
+        return {"supervised/loss": -metrics["policy/logprob"], **{name: metrics[name] for name in kept}}
 
     def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
         if prompt.response is None:

@@ -6,7 +6,7 @@ May import: everything below the trainer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,17 +29,19 @@ class Progress:
     """Keeps RUN/state.json true."""
 
     def __init__(self, run: RunDirectory) -> None:
-        self.run, self.step, self.writes = run, 0, distributed.launched_rank() == 0
+        self.run, self.writes = run, distributed.launched_rank() == 0
+        self.steps: Callable[[], int] = lambda: 0
 
-    def started(self, step: int) -> None:
-        self.step = step
+    def started(self, steps: Callable[[], int]) -> None:
+        """steps: tells the completed steps at any later moment."""
+        self.steps = steps
         if self.writes:
             write_json(self.run.environment, describe_environment())
-            write_state(self.run, "running", step)
+            write_state(self.run, "running", steps())
 
-    def ended(self, status: Status, step: int, reason: str = "") -> Status:
+    def ended(self, status: Status, reason: str = "") -> Status:
         if self.writes:
-            write_state(self.run, status, step, reason or {"stopped": "a signal asked for it"}.get(status, ""))
+            write_state(self.run, status, self.steps(), reason)
         return status
 
 
@@ -52,7 +54,7 @@ def reporting_state(run: RunDirectory) -> Iterator[Progress]:
     except UserError:
         raise
     except BaseException as error:
-        progress.ended("failed", progress.step, f"{type(error).__name__}: {error}")
+        progress.ended("failed", f"{type(error).__name__}: {error}")
         raise
 
 

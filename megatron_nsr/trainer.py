@@ -36,9 +36,10 @@ def train(config: Config) -> Status:
     with ExitStack() as stack, reporting_state(run) as progress:
         trainer = Trainer(config, run, inputs, build_components(config, inputs, stack), stop)
         stop.install()  # the engine's start may have replaced the handlers
-        progress.started(trainer.step)
+        progress.started(lambda: trainer.step)
         loggers = stack.enter_context(open_loggers(run, config, completed_steps=trainer.step))
-        return progress.ended(trainer.run(loggers), trainer.step)
+        status = trainer.run(loggers)
+        return progress.ended(status, f"{stop.signal or 'a signal on another rank'} asked for it" if status == "stopped" else "")
 
 
 class Trainer:
@@ -52,6 +53,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
         self.recorder = Recorder(run, config, self.prompts)
         self.step = 0  # training steps completed
+        self.checkpoint_time: dict[str, float] = {}  # of the checkpoint since the last logged step
         self._resume()
 
     def run(self, loggers: MetricLogger) -> Status:
@@ -84,11 +86,15 @@ class Trainer:
             if self.parts.pushes_every_step:
                 self.parts.push(step)
         self.step = step
-        if self.config.evaluation.every and step % self.config.evaluation.every == 0 or step == self.config.run.steps:
+        if self._evaluates(step):
             with clock("eval"):
                 metrics |= self.evaluate()
         self.recorder.keep_samples(step, prompts, experience)
         return self._finish_metrics(metrics, experience, clock)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step == self.config.run.steps or (every > 0 and step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
         """Pass@k and entropy of the current weights on the benchmarks, written to RUN/eval/step_N.json."""
@@ -111,20 +117,21 @@ class Trainer:
 
     def _finish_metrics(self, metrics: dict[str, float], experience: Experience, clock: PhaseClock) -> dict[str, float]:
         tokens = sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in experience.trajectories)
-        times = clock.metrics()
-        metrics = self.parts.source.finish(metrics)
+        times, self.checkpoint_time = clock.metrics() | self.checkpoint_time, {}
         return {
             "data/epoch": float(self.sampler.epoch),
             **experience.metrics,
-            **metrics,
+            **self.parts.source.finish(metrics),
             **times,
             "perf/tokens_per_s": tokens / times["time/step_s"],
         }
 
     def _checkpoint(self) -> None:
-        actor = self.parts.actor
+        actor, clock = self.parts.actor, PhaseClock()
         state = {"sampler": self.sampler.state(), "weight_version": self.step}
-        self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path))
+        with clock("checkpoint"):
+            self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path))
+        self.checkpoint_time = {"time/checkpoint_s": clock.seconds["checkpoint"]}
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()

@@ -50,7 +50,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "wall time of forward, backward and optimizer, seconds",
     "time/weight_sync_s": "wall time of pushing weights to the rollout engine, seconds",
     "time/eval_s": "wall time of evaluation, seconds",
-    "time/checkpoint_s": "wall time of writing checkpoints, seconds",
+    "time/checkpoint_s": "wall time of writing the checkpoint after the step before, seconds",
     "time/other_s": "wall time of the step that no other phase counts, seconds",
     "perf/tokens_per_s": "prompt and response tokens of the step over its wall time, tokens a second",
 }
