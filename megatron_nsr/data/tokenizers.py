@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,18 +15,6 @@ from typing import Any
 from megatron_nsr.types import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# What an exported HF directory needs to tokenise, and to stop, as the source did.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Tokenizer(ABC):
@@ -52,13 +39,6 @@ class Tokenizer(ABC):
         """The text of `ids` without special tokens. An id that no token has (a padded vocabulary row) gives U+FFFD."""
         runs = itertools.groupby((int(index) for index in ids), key=self._known)
         return "".join(self._decode_known(list(run)) if known else REPLACEMENT * len(list(run)) for known, run in runs)
-
-    def save(self, directory: str | Path) -> None:
-        """Copies the tokenizer's files, and the generation config with its stop ids, into an existing directory."""
-        for name in TOKENIZER_FILES:
-            source, target = self.directory / name, Path(directory) / name
-            if source.is_file() and source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
 
     @abstractmethod
     def _known(self, index: int) -> bool: ...

@@ -28,6 +28,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.platform import distributed
+from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.types import UserError
 
 RUN_FILE = "run.json"
@@ -65,7 +66,8 @@ class Checkpoints:
         save_state(partial / "state", wrapped, optimizer, backend)
         distributed.barrier()
         if distributed.rank() == 0:
-            copy_model_files(model_files, partial)
+            shutil.copyfile(model_files / "config.json", partial / "config.json")
+            copy_tokenizer(model_files, partial)
             description = {
                 "step": step,
                 "world_size": distributed.world_size(),
@@ -133,18 +135,6 @@ def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, b
             _bare(chunk).load_state_dict(loaded[f"model{index}"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
-
-
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copies config.json and the tokenizer: every small file of a model directory that holds no weights."""
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and file.suffix in {".json", ".model", ".txt", ".jinja"}
-            and file.name != RUN_FILE
-            and "safetensors" not in file.name
-        ):
-            shutil.copy2(file, target / file.name)
 
 
 def rng_state() -> dict[str, Any]:

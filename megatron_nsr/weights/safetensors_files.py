@@ -16,23 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.types import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Everything beside the weights that belongs to a model and is not rewritten by us.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 class SafetensorsDirectory(Mapping[str, Tensor]):
@@ -119,9 +107,8 @@ def write_hf_directory(
     partial.mkdir(parents=True)
     _write_tensors(partial, tensors, max_file_bytes)
     (partial / "config.json").write_text(json.dumps(dict(config_json), indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES if copy_from is not None else ():
-        if (Path(copy_from or "") / name).is_file():
-            shutil.copyfile(Path(copy_from or "") / name, partial / name)
+    if copy_from is not None:
+        copy_tokenizer(copy_from, partial)
     _replace_directory(partial, target)
 
 
