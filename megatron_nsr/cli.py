@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_nsr.platform.quiet import ignore_library_warnings
 from megatron_nsr.types import UserError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
@@ -128,6 +129,7 @@ def doctor() -> None:
 def main() -> None:
     """The console script. One thread a rank unless told otherwise: ranks and the engine share the cores."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ignore_library_warnings()
     app()
 
 

@@ -13,6 +13,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.evaluation.report import render_pass_at_k_table
 from megatron_nsr.observability.run_directory import open_run, write_json
 from megatron_nsr.platform import distributed
+from megatron_nsr.recording import announce
 from megatron_nsr.training.checkpoints import RUN_FILE, is_checkpoint
 from megatron_nsr.types import UserError
 
@@ -26,6 +27,7 @@ def evaluate(config: Config) -> None:
         raise UserError("evaluation.benchmarks: no benchmark is named; give at least one, as evaluation.benchmarks.MATH=FILE")
     inputs = read_inputs(config, training=False)
     run = open_run(config)
+    announce(config, inputs)
     path = Path(config.model.path)
     step = json.loads((path / RUN_FILE).read_text())["step"] if is_checkpoint(path) else 0
     with ExitStack() as stack:

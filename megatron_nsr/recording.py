@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_nsr.components import Components
+from megatron_nsr.components import Components, Inputs
 from megatron_nsr.config import Config
 from megatron_nsr.evaluation.benchmarks import Evaluation
 from megatron_nsr.experience import Experience
@@ -43,6 +43,17 @@ class Progress:
         if self.writes:
             write_state(self.run, status, self.steps(), reason)
         return status
+
+
+def announce(config: Config, inputs: Inputs) -> None:
+    """One line before the slow start: what is about to run, and what was left out."""
+    if distributed.launched_rank() != 0:
+        return
+    parallel, world = config.parallel, distributed.launched_world_size()
+    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {world // (parallel.tensor * parallel.pipeline)}"
+    data = [("data.train", inputs.train), *inputs.benchmarks.items()]
+    counts = ", ".join(f"{name} {len(p.prompts)} prompts" + (f" ({p.too_long} too long)" if p.too_long else "") for name, p in data if p)
+    print(f"{config.run.dir}: {config.objective.name}, {counts}; {sizes} on {inputs.backend.device.type}; starting ...", flush=True)
 
 
 @contextmanager

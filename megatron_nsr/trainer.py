@@ -17,7 +17,7 @@ from megatron_nsr.observability.loggers import MetricLogger
 from megatron_nsr.observability.run_directory import RunDirectory, open_run
 from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform.signals import StopRequest
-from megatron_nsr.recording import Recorder, open_loggers, reporting_state
+from megatron_nsr.recording import Recorder, announce, open_loggers, reporting_state
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import StepMetrics
@@ -31,6 +31,7 @@ def train(config: Config) -> Status:
     if state and state.status == "done" and state.step >= config.run.steps:
         print(f"{run.path}: all {state.step} steps are done; raise run.steps to go on, or choose another run.dir")
         return "done"
+    announce(config, inputs)
     stop = StopRequest()
     stop.install()
     with ExitStack() as stack, reporting_state(run) as progress:

@@ -1,0 +1,11 @@
+"""Keeps other libraries' start-up chatter off the terminal; `doctor` says what is missing. May import: the standard library."""
+
+from __future__ import annotations
+
+import warnings
+
+
+def ignore_library_warnings() -> None:
+    """Hides Python warnings raised inside megatron-core, vLLM and torch; their errors and ours still show."""
+    for package in ("megatron", "vllm", "torch"):
+        warnings.filterwarnings("ignore", module=rf"{package}\.")
