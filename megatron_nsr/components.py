@@ -23,6 +23,7 @@ from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import UserError
@@ -46,7 +47,9 @@ class Inputs:
 def read_inputs(config: Config, *, training: bool) -> Inputs:
     """Reads model description, tokenizer and data; raises UserError for whatever is missing, broken or impossible."""
     shape = read_model_shape(config.model.path)
-    validate_layout(config.parallel, shape, distributed.launched_world_size())
+    world_size = distributed.launched_world_size()
+    validate_layout(config.parallel, shape, world_size)
+    check_tensor_parallel(config.rollout.tensor_parallel, world_size=world_size, attention_heads=shape.heads)
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
@@ -131,8 +134,6 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
 
 
 def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
-    from megatron_nsr.rollout.vllm_engine import VllmEngine
-
     rollout = config.rollout
     response = max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
     engine = stack.enter_context(
