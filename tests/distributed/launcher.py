@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_nsr.platform.distributed import free_port
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -25,8 +23,7 @@ def run_cases(program: str, nproc: int, args: Sequence[str] = (), *, timeout_s: 
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
         command += ["-m", program, *args, "--results", str(results)]
         status, output = _run(command, timeout_s)
         if status != 0 or not results.is_file():
