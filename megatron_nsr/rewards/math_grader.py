@@ -20,7 +20,9 @@ from megatron_nsr.types import Outcome, Prompt, Reason, Verdict
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _BOX_ONLY = [LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
-_MAX_CHARACTERS = 2000  # no answer is so long; the parser's time grows faster than its input
+# No answer is longer or more deeply nested, unless the reference is; the parser's time grows exponentially with the nesting.
+_MAX_CHARACTERS = 2000
+_MAX_NESTING = 16
 
 _CORRECT, _WRONG, _NONE = Outcome.CORRECT, Outcome.WRONG, Outcome.NONE
 
@@ -30,7 +32,8 @@ class MathGrader:
 
     Correct where the texts agree after light normalisation, where both are numbers and equal, or where math-verify 0.9.0 says so.
     Stricter than math-verify in four cases: every numeric side of an equation must equal the reference (`7=8` is not 8, `x=8` is);
-    names and words are compared as text (`ABC` is not `CBA`); numerals in different bases differ (`12_3`, `12_5`); and only the last box counts.
+    names and words are compared as text (`ABC` is not `CBA`); numerals in different bases differ (`12_3`, `12_5`);
+    and only the last box counts.
     """
 
     def __init__(self) -> None:
@@ -54,13 +57,13 @@ def compare(answer: str, gold: str) -> tuple[Outcome, Reason]:
     plain_answer, plain_gold = normalize(answer), normalize(gold)
     if plain_answer == plain_gold:
         return _CORRECT, Reason.MATCH
-    if not plain_answer or len(answer) > max(_MAX_CHARACTERS, len(gold)):
+    if not plain_answer or _is_oversized(plain_answer, plain_gold):
         return _WRONG, Reason.UNPARSABLE
     decided = _compare_numbers(plain_answer, plain_gold)
     if decided is None:
         decided = _compare_words(plain_answer, plain_gold)
     if decided is None:
-        return _compare_expressions(answer, gold)
+        return compare_expressions(answer, gold)
     return (_CORRECT, Reason.MATCH) if decided else (_WRONG, Reason.MISMATCH)
 
 
@@ -73,9 +76,25 @@ _FRACTION_STYLE = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 
 
 def normalize(text: str) -> str:
-    r"""Removes what never changes an answer: blanks, spacing commands, dollar signs, \left and \right, fraction styles, a final full stop."""
+    r"""Removes what never changes an answer: blanks, spacing, dollar signs, \left and \right, fraction styles, a final full stop."""
     text = _NOISE.sub("", _BLANK.sub(" ", _THOUSANDS.sub("", text)))
     return _FRACTION_STYLE.sub(r"\\frac", text).rstrip(".")
+
+
+def _is_oversized(answer: str, gold: str) -> bool:
+    return len(answer) > max(_MAX_CHARACTERS, len(gold)) or _nesting(answer) > max(_MAX_NESTING, _nesting(gold))
+
+
+def _nesting(text: str) -> int:
+    """How deep its brackets go, where each that opens counts until one closes."""
+    deepest = depth = 0
+    for character in text:
+        if character in "({[":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")}]":
+            depth -= 1
+    return deepest
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------
@@ -145,7 +164,7 @@ _EQUALS = re.compile(r"(?<![\\<>!:])=")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 
 
-def _compare_expressions(answer: str, gold: str) -> tuple[Outcome, Reason]:
+def compare_expressions(answer: str, gold: str) -> tuple[Outcome, Reason]:
     """The slow path: both are parsed to sympy expressions."""
     plain_answer, plain_gold = normalize(answer), normalize(gold)
     parsed_gold = [] if _EXPLOSIVE.search(plain_gold) else _parse(gold)

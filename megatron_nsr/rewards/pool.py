@@ -242,5 +242,3 @@ class GraderPool:
         worker.process.kill()
         worker.stop()
         self._workers[position] = _Worker(self._grader, self._memory_limit_mib)
-
-
