@@ -15,8 +15,9 @@ from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import Line, Scale, bars_figure, color_of, line_figure, panels_figure, stacked_bars_figure, to_svg
 
 # title, y label, scale of y, metrics: the second of a pair is dashed.
+SUPERVISED_LOSS = "supervised/loss"
 TRAINING_FIGURES: tuple[tuple[str, str, Scale, tuple[str, ...]], ...] = (
-    ("Supervised loss", "nats a token", "linear", ("supervised/loss",)),
+    ("Supervised loss", "nats a token", "linear", (SUPERVISED_LOSS,)),
     ("Correct responses", "ratio", "linear", ("reward/correct_ratio",)),
     ("Fully solved prompts", "ratio", "linear", ("reward/fully_solved_ratio",)),
     ("Policy entropy", "nats a token", "linear", ("policy/entropy",)),
@@ -61,14 +62,15 @@ def evaluation_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
 
 
 def training_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
-    """The training curves that any of the runs logged."""
+    """The training curves that any of the runs logged. Steps of supervised and of reinforcement learning share no axis."""
+    reinforced = [run.name for run in runs if not run.curve(SUPERVISED_LOSS)[0]] or [run.name for run in runs]
     figures = []
     for title, unit, scale, metrics in TRAINING_FIGURES:
         lines = []
         for index, run in enumerate(runs):
             for position, metric in enumerate(metrics):
                 x, y = run.curve(metric)
-                if x:
+                if x and (metric == SUPERVISED_LOSS or run.name in reinforced):
                     lines.append(Line(_curve_label(run.name, metric, metrics), x, y, color_of(index), dashed=position > 0))
         if lines:
             caption = "; ".join(f"{metric}: {METRICS[metric]}" for metric in metrics) + "."
