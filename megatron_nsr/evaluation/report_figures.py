@@ -14,8 +14,8 @@ from megatron_nsr.evaluation.report_data import RunData, benchmark_names, bootst
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import Line, Scale, bars_figure, color_of, line_figure, panels_figure, stacked_bars_figure, to_svg
 
-# title, y label, scale of y, metrics: the second of a pair is dashed.
 SUPERVISED_LOSS = "supervised/loss"
+# title, y label, scale of y, metrics: the second of a pair is dashed.
 TRAINING_FIGURES: tuple[tuple[str, str, Scale, tuple[str, ...]], ...] = (
     ("Supervised loss", "nats a token", "linear", (SUPERVISED_LOSS,)),
     ("Correct responses", "ratio", "linear", ("reward/correct_ratio",)),

@@ -16,6 +16,7 @@ from rich.console import Console
 from megatron_nsr.config import parse_config
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
 from megatron_nsr.evaluation.report_data import bootstrap_band, difference_interval, load_runs, run_names
+from megatron_nsr.evaluation.report_figures import training_figures
 from megatron_nsr.observability.loggers import JsonlLogger
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.run_directory import RunDirectory, open_run, write_json
@@ -57,7 +58,7 @@ def make_run(
 
 def step_values(objective: str, step: int, skill: int) -> dict[str, float]:
     if objective == "supervised":
-        return {"supervised/loss": 3 / step, "time/update_s": 0.4, "time/step_s": 0.4}
+        return {"supervised/loss": 3 / step, "policy/entropy": 9.0, "time/update_s": 0.4, "time/step_s": 0.4}
     ramp = 1 - math.exp(-step / 10)
     names = [name for name in METRICS if name.startswith(("reward/", "policy/", "rollout/", "time/"))]
     return {name: (0.1 + 0.1 * skill * ramp) * (1e-5 if "gap" in name else 1) * (40 if "tokens" in name else 1) for name in names}
@@ -269,3 +270,9 @@ def test_a_broken_evaluation_is_named(tmp_path: Path, content: str) -> None:
     RunDirectory(run).evaluation(1).write_text(content)
     with pytest.raises(UserError, match=r"eval.step_1\.json: not"):
         write_report([run], tmp_path / "report.html")
+
+
+def test_supervised_steps_stay_off_the_axes_of_reinforcement_learning(runs: list[Path]) -> None:
+    shown = {figure.title: [entry.label for entry in figure.legend] for figure in training_figures(load_runs(runs))}
+    assert shown["Supervised loss"] == ["base"]
+    assert "base" not in shown["Policy entropy"] and len(shown["Policy entropy"]) == len(runs) - 1
