@@ -38,6 +38,8 @@ def build_optimizer(
         use_distributed_optimizer=distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, list(wrapped), config_overrides=get_standard_config_overrides(config))
+    for group in optimizer.param_groups:  # upstream leaves this to its scheduler, which we do not use (optimizer_param_scheduler.py)
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     for chunk in wrapped:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.grad_scale_func = optimizer.scale_loss

@@ -23,7 +23,12 @@ from megatron_nsr.types import Outcome, Reason, Trajectory, UserError, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}, "one_recompute": {"recompute": "full"}, "one_small_micro_batches": {"tokens_per_micro_batch": 24}},
+    1: {
+        "one": {},
+        "one_recompute": {"recompute": "full"},
+        "one_selective": {"recompute": "selective"},
+        "one_small_micro_batches": {"tokens_per_micro_batch": 24},
+    },
     2: {
         "dp2": {},
         "dp2_distributed_optimizer": {"distributed_optimizer": True},
