@@ -86,7 +86,7 @@ def test_the_learning_rate_of_the_step_is_the_one_used(model: Path) -> None:
 
 def test_a_gradient_that_is_no_number_stops_the_run(model: Path) -> None:
     actor = actor_of(model)
-    with pytest.raises(FloatingPointError, match="gradient norm is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"gradient norm is (nan|inf)"):
         update(actor, weight=1.0, scale=float("inf"))
 
 
