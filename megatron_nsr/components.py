@@ -14,7 +14,7 @@ from megatron_nsr.data.prompts import PromptSet, load_prompts
 from megatron_nsr.data.sampler import PromptSampler
 from megatron_nsr.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_nsr.evaluation.benchmarks import Benchmarks
-from megatron_nsr.experience import ExperienceSource, GradedRollouts, References
+from megatron_nsr.experience import ExperienceSource, GradedRollouts, References, require_responses
 from megatron_nsr.models.backends import Backend, choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import validate_layout
@@ -25,7 +25,7 @@ from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.training.setup import build_actor
+from megatron_nsr.training.setup import build_actor, require_weights
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
@@ -40,6 +40,7 @@ class Inputs:
     tokenizer: Tokenizer
     backend: Backend
     train: PromptSet | None
+    sampler: PromptSampler | None  # of `train`
     benchmarks: dict[str, PromptSet]
     objective: Objective | None  # None: supervised
 
@@ -53,27 +54,28 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
+    require_weights(config)
     objective = None
     if config.objective.name != "supervised":
         settings = config.objective
         objective = build_objective(settings.name, lambda_=settings.lambda_, entropy_coefficient=settings.entropy_coefficient)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
+    train, sampler = _read_train(config, tokenizer, config.data.train) if training and config.data.train else (None, None)
+    benchmarks = {
+        name: _read(config, tokenizer, path, f"evaluation.benchmarks.{name}", config.evaluation.limit)
+        for name, path in config.evaluation.benchmarks.items()
+    }
+    _check_lengths(config, shape.max_positions, train, benchmarks)
     return Inputs(
         shape=shape,
         tokenizer=tokenizer,
         backend=choose_backend(config.model.backend),
-        train=_read(config, tokenizer, config.data.train, "data.train", config.data.limit) if training and config.data.train else None,
-        benchmarks={
-            name: _read(config, tokenizer, path, f"evaluation.benchmarks.{name}", config.evaluation.limit)
-            for name, path in config.evaluation.benchmarks.items()
-        },
+        train=train,
+        sampler=sampler,
+        benchmarks=benchmarks,
         objective=objective,
     )
-
-
-def build_sampler(config: Config, prompts: PromptSet) -> PromptSampler:
-    return PromptSampler(len(prompts.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,31 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
         world_size=distributed.world_size(),
         engine_ranks=rollout.tensor_parallel,
     )
+
+
+def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[PromptSet, PromptSampler]:
+    data = config.data
+    train = _read(config, tokenizer, path, "data.train", data.limit)
+    if config.objective.name == "supervised":
+        require_responses(train.prompts, path)
+    return train, PromptSampler(len(train.prompts), data.prompts_per_step, seed=config.run.seed, shuffle=data.shuffle)
+
+
+def _check_lengths(config: Config, max_positions: int, train: PromptSet | None, benchmarks: dict[str, PromptSet]) -> None:
+    """Raises UserError where a prompt and a full response are longer than the model can read: the response would be cut short silently."""
+    sets = {"data.train": train} | {f"evaluation.benchmarks.{name}": prompts for name, prompts in benchmarks.items()}
+    for field, prompts in sets.items():
+        if prompts is None:
+            continue
+        longest = max(len(prompt.token_ids) for prompt in prompts.prompts)
+        name, budget = "rollout.max_response_tokens", config.rollout.max_response_tokens
+        if prompts is not train and config.evaluation.max_response_tokens:
+            name, budget = "evaluation.max_response_tokens", config.evaluation.max_response_tokens
+        if longest + budget > max_positions:
+            raise UserError(
+                f"{name}={budget}: with the longest prompt of {field}, {longest} tokens, it passes the model's "
+                f"max_position_embeddings={max_positions}; lower it, or data.max_prompt_tokens={config.data.max_prompt_tokens}"
+            )
 
 
 def _read(config: Config, tokenizer: Tokenizer, path: str, field: str, limit: int | None) -> PromptSet:

@@ -93,8 +93,7 @@ class References:
         return {"supervised/loss": -metrics["policy/logprob"], **{name: metrics[name] for name in kept}}
 
     def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
-        if prompt.response is None:
-            raise UserError(f"data.train: problem {prompt.id} has no `response`, which objective.name=supervised learns from")
+        assert prompt.response is not None  # require_responses
         ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]][: self.max_response_tokens]
         return Trajectory(
             prompt=index,
@@ -106,6 +105,13 @@ class References:
             weight_version=0,
             text=prompt.response,
         )
+
+
+def require_responses(prompts: Sequence[Prompt], path: str) -> None:
+    """Raises UserError unless every problem of data.train=`path` has the response that supervised learning needs."""
+    for prompt in prompts:
+        if prompt.response is None:
+            raise UserError(f"data.train={path}: problem {prompt.id} has no `response`, which objective.name=supervised learns from")
 
 
 def verdict_metrics(verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:

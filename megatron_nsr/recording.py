@@ -6,6 +6,7 @@ May import: everything below the trainer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,9 @@ from megatron_nsr.evaluation.benchmarks import Evaluation
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.environment import describe_environment
 from megatron_nsr.observability.loggers import Loggers, build_loggers
-from megatron_nsr.observability.run_directory import RunDirectory, flat_config, write_json
+from megatron_nsr.observability.run_directory import RunDirectory, flat_config, open_run, write_json
 from megatron_nsr.observability.samples import sample_rows, write_samples
-from megatron_nsr.observability.state import Status, write_state
+from megatron_nsr.observability.state import Status, read_state, write_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.types import Prompt, UserError
 from megatron_nsr.weights.gathering import gather_hf_tensors
@@ -30,19 +31,31 @@ class Progress:
 
     def __init__(self, run: RunDirectory) -> None:
         self.run, self.writes = run, distributed.launched_rank() == 0
-        self.steps: Callable[[], int] = lambda: 0
+        self.steps: Callable[[], int] | None = None
 
-    def started(self, steps: Callable[[], int]) -> None:
-        """steps: tells the completed steps at any later moment."""
+    def started(self, config: Config, steps: Callable[[], int]) -> None:
+        """Makes the run directory: the input has proved right. steps: tells the completed steps at any later moment."""
         self.steps = steps
         if self.writes:
+            open_run(config)
             write_json(self.run.environment, describe_environment())
             write_state(self.run, "running", steps())
 
     def ended(self, status: Status, reason: str = "") -> Status:
+        assert self.steps is not None
         if self.writes:
             write_state(self.run, status, self.steps(), reason)
         return status
+
+    def failed(self, error: BaseException) -> None:
+        """Wrong input that shows before the start is not a failed run. Any rank may fail; the first one knows the reason."""
+        if self.steps is None and isinstance(error, UserError):
+            return
+        state = read_state(self.run)
+        if self.steps is not None and state is not None and state.status == "failed":
+            return
+        completed = self.steps() if self.steps is not None else state.step if state is not None else 0
+        write_state(self.run, "failed", completed, f"{type(error).__name__}: {error}")
 
 
 def announce(config: Config, inputs: Inputs) -> None:
@@ -58,14 +71,12 @@ def announce(config: Config, inputs: Inputs) -> None:
 
 @contextmanager
 def reporting_state(run: RunDirectory) -> Iterator[Progress]:
-    """An exception that leaves the block is written to state.json as `failed`; wrong input is not a failed run."""
+    """An exception that leaves the block is written to state.json as `failed`."""
     progress = Progress(run)
     try:
         yield progress
-    except UserError:
-        raise
     except BaseException as error:
-        progress.ended("failed", f"{type(error).__name__}: {error}")
+        progress.failed(error)
         raise
 
 
@@ -94,7 +105,11 @@ class Recorder:
     def check(self, metrics: dict[str, float]) -> None:
         """Raises RuntimeError where the log-prob gap of the last rollouts is past its bound."""
         bound, gap = self.config.rollout.max_logprob_gap, metrics.get("rollout/logprob_gap_max")
-        if bound is not None and gap is not None and not gap <= bound:
+        if bound is None or gap is None:
+            return
+        if math.isnan(metrics["rollout/logprob_gap_mean"]):  # a maximum does not show it
+            gap = math.nan
+        if not gap <= bound:
             raise RuntimeError(
                 f"rollout/logprob_gap_max is {gap:.3g}, above rollout.max_logprob_gap={bound:.3g}: the engine does not hold the "
                 "policy's weights, or computes too differently; nothing of this step was saved"

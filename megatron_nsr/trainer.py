@@ -9,16 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron_nsr.clock import PhaseClock
-from megatron_nsr.components import Components, Inputs, build_components, build_sampler, read_inputs
+from megatron_nsr.components import Components, Inputs, build_components, read_inputs
 from megatron_nsr.config import Config
-from megatron_nsr.data.sampler import PromptSampler
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.loggers import MetricLogger
-from megatron_nsr.observability.run_directory import RunDirectory, open_run
+from megatron_nsr.observability.run_directory import RunDirectory, locate_run
 from megatron_nsr.observability.state import Status, read_state
+from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.recording import Recorder, announce, open_loggers, reporting_state
-from megatron_nsr.training.checkpoints import Checkpoints
+from megatron_nsr.training.checkpoints import Checkpoints, newest_checkpoint
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import StepMetrics
 
@@ -26,18 +26,20 @@ from megatron_nsr.types import StepMetrics
 def train(config: Config) -> Status:
     """Runs or resumes the training run of `config`; returns "done" or "stopped". Raises UserError for wrong input."""
     inputs = read_inputs(config, training=True)
-    run = open_run(config)
+    run = locate_run(config)
     state = read_state(run)
     if state and state.status == "done" and state.step >= config.run.steps:
-        print(f"{run.path}: all {state.step} steps are done; raise run.steps to go on, or choose another run.dir")
+        if distributed.launched_rank() == 0:
+            print(f"{run.path}: all {state.step} steps are done; raise run.steps to go on, or choose another run.dir")
         return "done"
-    announce(config, inputs)
+    newest_checkpoint(run.checkpoints)  # a damaged one is found before the slow start
     stop = StopRequest()
     stop.install()
+    announce(config, inputs)
     with ExitStack() as stack, reporting_state(run) as progress:
         trainer = Trainer(config, run, inputs, build_components(config, inputs, stack), stop)
         stop.install()  # the engine's start may have replaced the handlers
-        progress.started(lambda: trainer.step)
+        progress.started(config, lambda: trainer.step)
         loggers = stack.enter_context(open_loggers(run, config, completed_steps=trainer.step))
         status = trainer.run(loggers)
         return progress.ended(status, f"{stop.signal or 'a signal on another rank'} asked for it" if status == "stopped" else "")
@@ -47,10 +49,10 @@ class Trainer:
     """Owns the step counter and the order of things; every rank runs the same loop."""
 
     def __init__(self, config: Config, run: RunDirectory, inputs: Inputs, parts: Components, stop: StopRequest) -> None:
-        assert inputs.train is not None
+        assert inputs.train is not None and inputs.sampler is not None
         self.config, self.run_directory, self.parts, self.stop = config, run, parts, stop
         self.prompts = inputs.train.prompts
-        self.sampler: PromptSampler = build_sampler(config, inputs.train)
+        self.sampler = inputs.sampler
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
         self.recorder = Recorder(run, config, self.prompts)
         self.step = 0  # training steps completed
@@ -58,17 +60,19 @@ class Trainer:
         self._resume()
 
     def run(self, loggers: MetricLogger) -> Status:
+        device = self.parts.actor.groups.device
         self.parts.push(self.step)
-        while self.step < self.config.run.steps:
+        interrupted = self.stop.agreed(device)
+        while self.step < self.config.run.steps and not interrupted:
             metrics = self.train_step()
             loggers.log(StepMetrics(self.step, metrics))
             self.recorder.check(metrics)
-            interrupted = self.stop.agreed(self.parts.actor.groups.device)
+            interrupted = self.stop.agreed(device)
             if interrupted or self.step % self.config.checkpoint.every == 0 or self.step == self.config.run.steps:
                 self._checkpoint()
-            if interrupted and self.step < self.config.run.steps:
-                return "stopped"
-        if not self.run_directory.evaluation(self.step).is_file():
+        if self.step < self.config.run.steps:
+            return "stopped"
+        if not distributed.broadcast_object(self.run_directory.evaluation(self.step).is_file()):
             self.evaluate()
         if self.config.checkpoint.export_hf:
             self.recorder.export_hf(self.parts)

@@ -105,18 +105,29 @@ class RunDirectory:
         return _steps_in(self.path / "samples", ".parquet")
 
 
+def locate_run(config: Config) -> RunDirectory:
+    """The run that `run.dir` names, new or to be resumed; creates and changes nothing.
+
+    Raises UserError where it is no directory, or holds a run whose config differs in a field that a resume may not change.
+    """
+    run = RunDirectory(Path(config.run.dir))
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"run.dir={config.run.dir}: is a file; choose another run.dir")
+    if run.config.is_file():
+        _check_resumable(run, config)
+    return run
+
+
 def open_run(config: Config) -> RunDirectory:
     """Creates `run.dir`, or resumes the run that it holds; either way its config.yaml is `config` afterwards.
 
-    Raises UserError where the directory cannot be made, or holds a run whose config differs in a field that a resume may not change.
+    Raises UserError as `locate_run` does, and where the directory cannot be made.
     """
-    run = RunDirectory(Path(config.run.dir))
+    run = locate_run(config)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.dir={config.run.dir}: cannot be a directory ({error.strerror}); choose another run.dir") from None
-    if run.config.is_file():
-        _check_resumable(run, config)
     write_atomic(run.config, dump_config(config))
     return run
 

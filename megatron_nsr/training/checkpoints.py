@@ -4,7 +4,7 @@ May import: platform, types, megatron-core, the rest of training. Layout of RUN/
 
     step_N/state/      weights and optimizer, megatron-core's torch_dist format: loads at any parallel layout
     step_N/rng/        one file a rank: generators of torch, numpy, python and megatron-core
-    step_N/run.json    step, sampler state, weight version, optimizer updates, layout
+    step_N/run.json    step, sampler state, weight version, optimizer updates, layout, and the size of every other file
     step_N/*           config.json and tokenizer of the model, so that the folder can stand as `model.path`
     latest             a link to the newest complete step_N
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_nsr.models.backends import Backend
@@ -39,19 +41,11 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         self.directory, self.keep = directory, keep
-        if distributed.rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            for partial in directory.glob(".partial-*"):  # left by a killed run
-                shutil.rmtree(partial)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, the same on every rank."""
-        found = None
-        if distributed.rank() == 0:
-            link = self.directory / "latest"
-            found = str(link.resolve()) if (link / RUN_FILE).is_file() else None
-        found = distributed.broadcast_object(found)
-        return Path(found) if found else None
+        found: Path | None = distributed.broadcast_object(newest_checkpoint(self.directory) if distributed.rank() == 0 else None)
+        return found
 
     def save(
         self, step: int, run_state: Mapping[str, Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, model_files: Path
@@ -59,6 +53,8 @@ class Checkpoints:
         """Writes step_N under another name, renames it when complete, then moves `latest`."""
         partial, final = self.directory / f".partial-step_{step}", self.directory / f"step_{step}"
         if distributed.rank() == 0:
+            for left in self.directory.glob(".partial-*"):  # by a killed run
+                shutil.rmtree(left)
             (partial / "state").mkdir(parents=True)
             (partial / "rng").mkdir()
         distributed.barrier()
@@ -74,9 +70,11 @@ class Checkpoints:
                 "distributed_optimizer": _is_distributed(wrapped),
                 "updates": _adam_step(optimizer),
                 **run_state,
+                "files": _sizes(partial),
             }
             (partial / RUN_FILE).write_text(json.dumps(description, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                _remove(final)
             os.replace(partial, final)
             self._point_latest(final)
             self._prune()
@@ -87,7 +85,7 @@ class Checkpoints:
 
         On another number of ranks the generators start afresh: nothing that trains draws from them.
         """
-        description: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
+        description = read_description(path)
         mine, theirs = _is_distributed(wrapped), description["distributed_optimizer"]
         if mine != theirs:  # megatron-core stores the two kinds of optimizer state under different names
             raise UserError(f"parallel.distributed_optimizer={str(mine).lower()}: checkpoint {path} was written with {str(theirs).lower()}")
@@ -98,7 +96,7 @@ class Checkpoints:
         return description
 
     def _point_latest(self, target: Path) -> None:
-        link = self.directory / ".partial-latest"
+        link = self.directory / ".new-latest"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
         os.replace(link, self.directory / "latest")
@@ -106,7 +104,34 @@ class Checkpoints:
     def _prune(self) -> None:
         steps = sorted(self.directory.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
         for old in steps[: -self.keep]:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """What RUN/checkpoints/latest names, None before the first checkpoint. Raises UserError where it is not complete."""
+    link = directory / "latest"
+    if not link.is_symlink():
+        return None
+    found = link.resolve()
+    read_description(found)
+    return found
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """A checkpoint's run.json. Raises UserError naming the first file that is missing or has another size than when it was written."""
+    remedy = "restore it from a copy, point `latest` at an older step, or choose another run.dir"
+    try:
+        description: dict[str, Any] = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        expected = description["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {path}: {RUN_FILE} cannot be read ({type(error).__name__}); {remedy}") from None
+    found = _sizes(path)
+    for name, size in expected.items():
+        if name not in found:
+            raise UserError(f"checkpoint {path}: the file {name} is missing; {remedy}")
+        if found[name] != size:
+            raise UserError(f"checkpoint {path}: the file {name} has {found[name]} bytes, not {size}; {remedy}")
+    return description
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -117,6 +142,9 @@ def is_checkpoint(path: str | Path) -> bool:
 def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
     """Weights and optimizer in torch_dist format; `directory` exists and is empty."""
     _materialize_adam(optimizer)
+    # For its results megatron-core 0.16.1 starts a manager process (strategies/filesystem_async.py), which a saving in the
+    # foreground does not need: it costs two seconds, and the signals that a scheduler sends to all processes of a job kill it.
+    filesystem_async._results_queue = queue.SimpleQueue()
     with backend.phase():
         dist_checkpointing.save(
             _sharded_state(wrapped, optimizer, is_loading=False), str(directory), get_default_save_sharded_strategy("torch_dist")
@@ -155,6 +183,19 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
     get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file but run.json, by its path inside the checkpoint."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RUN_FILE)
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def _remove(directory: Path) -> None:
+    """Removes a checkpoint under another name, so that a kill in between leaves no half of one."""
+    condemned = directory.with_name(f".partial-old-{directory.name}")
+    os.replace(directory, condemned)
+    shutil.rmtree(condemned)
 
 
 def _is_distributed(wrapped: Sequence[Any]) -> bool:

@@ -17,7 +17,7 @@ from megatron_nsr.models.parallel import initialize_parallel
 from megatron_nsr.models.policy import Head, build_policy
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.training.checkpoints import is_checkpoint, load_state
+from megatron_nsr.training.checkpoints import is_checkpoint, load_state, read_description
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
@@ -62,6 +62,16 @@ def build_head(config: Config, shape: ModelShape, groups: ParallelGroups) -> Hea
         )
 
     return head
+
+
+def require_weights(config: Config) -> None:
+    """Raises UserError where the weights that `load_initial_weights` reads are not there or cut short."""
+    if config.model.initialization == "random":
+        return
+    if is_checkpoint(config.model.path):
+        read_description(Path(config.model.path))
+    else:
+        SafetensorsDirectory(config.model.path).close()
 
 
 def load_initial_weights(chunks: list[Any], config: Config, shape: ModelShape, backend: Backend) -> None:
