@@ -193,7 +193,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
     return parse_config(values)
 

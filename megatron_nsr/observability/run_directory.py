@@ -112,7 +112,7 @@ def locate_run(config: Config) -> RunDirectory:
     """
     run = RunDirectory(Path(config.run.dir))
     if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"run.dir={config.run.dir}: is a file; choose another run.dir")
+        raise UserError(f"run.dir={config.run.dir}: cannot be a directory (it is a file); choose another run.dir")
     if run.config.is_file():
         _check_resumable(run, config)
     return run

@@ -93,9 +93,7 @@ def start(arguments: Sequence[str], log: Path, *, ranks: int = 1, module: str = 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # a test of this process may have set them for a world of its own
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     return Started(process, log)
 
 

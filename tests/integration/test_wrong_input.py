@@ -1,0 +1,215 @@
+"""Whatever the user got wrong: exit status 2, one line that says what and what would be right, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_nsr import cli
+from tests.integration.small_run import CONFIGS, REPOSITORY, Small, snapshot
+
+Refuse = Callable[[Sequence[str]], str]
+
+
+@pytest.fixture
+def refuse(small: Small, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Refuse]:
+    """Runs a command in this process (imports are paid once), requires status 2 and untouched files, and returns its only line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def run(arguments: Sequence[str]) -> str:
+        monkeypatch.setattr(os, "_exit", leave)  # a failed command leaves at once, without teardown
+        before = snapshot(small.root)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.app(list(arguments), standalone_mode=False)
+        lines = capfd.readouterr().err.splitlines()
+        assert ended.value.code == 2, lines
+        assert len(lines) == 1 and lines[0].startswith("megatron-nsr: "), lines
+        assert snapshot(small.root) == before
+        return lines[0].removeprefix("megatron-nsr: ")
+
+    monkeypatch.chdir(REPOSITORY)
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+OVERRIDES = {
+    "wrong key": (["objective.nam=nsr"], "objective.nam: no such key; did you mean name?"),
+    "wrong section": (["objectives.name=nsr"], "objectives: no such key; did you mean objective?"),
+    "bad type": (["run.steps=many"], "run.steps='many': input should be a valid integer"),
+    "out of range": (["parallel.tensor=0"], "parallel.tensor=0: input should be greater than or equal to 1"),
+    "not an override": (["nsr"], "override 'nsr': write it as section.key=value"),
+    "no training data": (["data.train=null"], "data.train: required for training, but not given"),
+    "missing data": (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file or directory"),
+    "missing benchmark": (["evaluation.benchmarks.MATH=nowhere.parquet"], "evaluation.benchmarks.MATH=nowhere.parquet: no such file"),
+    "missing model": (["model.path=nowhere"], "model.path=nowhere: no such directory; give a Hugging Face model's directory"),
+    "unknown objective": (["objective.name=nrs"], "objective.name='nrs': choose one of psr, nsr"),
+    "objective nowhere": (["objective.name=nowhere:Mine"], "objective.name='nowhere:Mine': cannot import nowhere"),
+    "grader nowhere": (["reward.grader=nowhere:Mine"], "reward.grader='nowhere:Mine': cannot import nowhere"),
+    "no such grader": (["reward.grader=tests.integration.graders:Mine"], "module tests.integration.graders has no Mine"),
+    "layout and one process": (["parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 does not divide the 1 process"),
+    "engine and one process": (["rollout.tensor_parallel=2"], "rollout.tensor_parallel=2 does not divide the number of processes, 1"),
+    "too few prompts": (["data.limit=8"], "data.prompts_per_step=16: there are only 8 prompts; choose 8 or fewer"),
+    "mini-batches": (["objective.mini_batch_prompts=5"], "objective.mini_batch_prompts=5 does not divide data.prompts_per_step=16"),
+    "prompts too long": (["data.max_prompt_tokens=2"], "data.max_prompt_tokens=2: all 256 prompts of data.train="),
+    "responses too long": (
+        ["rollout.max_response_tokens=1020"],
+        "it passes the model's max_position_embeddings=1024; lower it, or data.max",
+    ),
+    "evaluated responses too long": (
+        ["evaluation.max_response_tokens=1020"],
+        "evaluation.max_response_tokens=1020: with the longest prompt",
+    ),
+    "supervised without responses": (["objective.name=supervised"], "problem train-0 has no `response`, which objective.name=supervised"),
+    "backend": (["model.backend=te"], "model.backend="),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_a_wrong_value_is_refused(refuse: Refuse, small: Small, case: str) -> None:
+    overrides, expected = OVERRIDES[case]
+    assert expected in refuse(small.nsr(small.root / "new", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "expected"),
+    [
+        (3, ["parallel.tensor=3"], "parallel.tensor=3 does not divide num_attention_heads=2"),
+        (3, ["parallel.pipeline=3"], "parallel.pipeline=3 does not divide num_hidden_layers=4"),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=4"], "parallel.virtual_pipeline=4 does not divide num_hidden_layers=4"),
+        (3, ["parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 does not divide the 3 processes of this run"),
+        (3, ["rollout.tensor_parallel=3"], "rollout.tensor_parallel=3 does not divide num_attention_heads=2"),
+    ],
+)
+def test_an_impossible_layout_is_refused(
+    refuse: Refuse, small: Small, monkeypatch: pytest.MonkeyPatch, world: int, overrides: list[str], expected: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert expected in refuse(small.nsr(small.root / "new", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: [1\n", "config "),
+        ("- run\n- model\n", "annot merge"),
+        ("", "run: required, but not given; model: required"),
+        ("run: 5\n", "run=5: "),
+    ],
+    ids=["broken", "list", "empty", "no section"],
+)
+def test_a_file_that_is_no_config_is_refused(refuse: Refuse, tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert expected in refuse(["train", str(tmp_path / "config.yaml")])
+
+
+def test_a_missing_config_file_is_refused(refuse: Refuse) -> None:
+    assert refuse(["train", "nowhere.yaml"]) == "config file nowhere.yaml: no such file"
+
+
+def test_data_without_answers_is_refused(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"question": f"What is {i}?"}) + "\n" for i in range(20)))
+    assert f"data.train={data}: no answers in its columns question; give" in refuse(small.nsr(small.root / "new", f"data.train={data}"))
+
+
+def test_a_model_without_weights_is_refused(refuse: Refuse, small: Small) -> None:
+    message = refuse(small.nsr(small.root / "new", f"model.path={small.model}"))
+    assert message == f"model.path={small.model}: no file model.safetensors; the model's safetensors files must be complete"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.model, tmp_path / "model")
+    config = json.loads((small.model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    message = refuse(small.nsr(small.root / "new", f"model.path={tmp_path / 'model'}"))
+    assert message == f"model.path={tmp_path / 'model'}: the tokenizer knows {config['vocab_size']} ids, the model has 100"
+
+
+def test_a_run_directory_that_is_a_file_is_refused(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a directory")
+    assert (
+        refuse(small.nsr(tmp_path / "run")) == f"run.dir={tmp_path / 'run'}: cannot be a directory (it is a file); choose another run.dir"
+    )
+
+
+def test_a_run_is_not_resumed_with_another_config(refuse: Refuse, small: Small) -> None:
+    message = refuse(small.supervised(small.base, "run.steps=41", "optimizer.learning_rate=0.01", "checkpoint.every=40"))
+    assert "holds a run with another config: optimizer." in message and "choose another run.dir" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "gone"])
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(refuse: Refuse, small: Small, damage: str) -> None:
+    run = small.root / f"damaged_{damage}"
+    shutil.copytree(small.base, run, symlinks=True)
+    checkpoint = run / "checkpoints" / "step_40"
+    file = next((checkpoint / "state").glob("*.distcp"))
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size - 1)
+        expected = f"the file {file.relative_to(checkpoint)} has {file.stat().st_size} bytes, not {file.stat().st_size + 1}"
+    elif damage == "missing":
+        (checkpoint / "rng" / "rank_0.pt").unlink()
+        expected = "the file rng/rank_0.pt is missing"
+    else:
+        shutil.rmtree(checkpoint)
+        expected = "run.json cannot be read (FileNotFoundError)"
+    resumed = yaml.safe_load((run / "config.yaml").read_text())
+    resumed["run"] |= {"steps": 50, "dir": str(run)}
+    config = run.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(resumed))
+    message = refuse(["train", str(config)])
+    assert message.startswith(f"checkpoint {checkpoint}: {expected}; ") and "restore it from a copy" in message
+
+
+def test_a_checkpoint_without_its_weights_is_refused_as_a_model(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+    shutil.copytree(small.base / "checkpoints" / "step_40", tmp_path / "step_40")
+    shutil.rmtree(tmp_path / "step_40" / "state")
+    assert "the file state/" in refuse(small.nsr(small.root / "new", f"model.path={tmp_path / 'step_40'}"))
+
+
+def test_evaluating_nothing_is_refused(refuse: Refuse, small: Small) -> None:
+    config = {
+        "run": {"dir": str(small.root / "new"), "steps": 0},
+        "model": {"path": str(small.base / "hf")},
+        "data": {"template": "plain"},
+        "objective": {"name": "nsr"},
+    }
+    path = small.root / "evaluate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    assert "evaluation.benchmarks: no benchmark is named" in refuse(["evaluate", str(path)])
+    assert "evaluation.benchmarks.MATH=nowhere.jsonl: no such file" in refuse(
+        ["evaluate", str(path), "evaluation.benchmarks.MATH=nowhere.jsonl"]
+    )
+
+
+def test_only_rank_0_says_what_is_wrong(small: Small, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setenv("RANK", "1")
+    cli.app(small.nsr(small.root / "new", "objective.nam=nsr"), standalone_mode=False)
+    assert statuses == [2] and capfd.readouterr().err == ""
+
+
+def test_a_wrong_key_is_reported_by_a_process_that_has_imported_nothing_heavy(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_nsr", "train", str(CONFIGS / "quickstart.yaml"), "run.setps=3"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    imports = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip().partition(".")[0] for line in imports}
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert [line for line in ended.stderr.splitlines() if line not in imports] == [
+        "megatron-nsr: config: run.setps: no such key; did you mean steps?"
+    ]
+    assert "pydantic" in modules and not modules & {"torch", "vllm", "megatron", "transformers", "datasets"}
