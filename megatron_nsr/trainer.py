@@ -91,6 +91,7 @@ class Trainer:
             if self.parts.pushes_every_step:
                 self.parts.push(step)
         self.step = step
+        metrics = self.parts.source.finish(metrics)
         if self._evaluates(step):
             with clock("eval"):
                 metrics |= self.evaluate()
@@ -126,7 +127,7 @@ class Trainer:
         return {
             "data/epoch": float(self.sampler.epoch),
             **experience.metrics,
-            **self.parts.source.finish(metrics),
+            **metrics,
             **times,
             "perf/tokens_per_s": tokens / times["time/step_s"],
         }

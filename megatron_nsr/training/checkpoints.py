@@ -89,8 +89,13 @@ class Checkpoints:
         mine, theirs = _is_distributed(wrapped), description["distributed_optimizer"]
         if mine != theirs:  # megatron-core stores the two kinds of optimizer state under different names
             raise UserError(f"parallel.distributed_optimizer={str(mine).lower()}: checkpoint {path} was written with {str(theirs).lower()}")
-        load_state(path / "state", wrapped, optimizer, backend)
-        _set_adam_step(optimizer, description["updates"])
+        if description["updates"] == 0:  # megatron-core 0.16.1 writes no step then, and cannot load its optimizer without (optimizer.py)
+            load_state(path / "state", wrapped, None, backend)
+            optimizer.reload_model_params()
+        else:
+            load_state(path / "state", wrapped, optimizer, backend)
+            if description["updates"] is not None:
+                _set_adam_step(optimizer, description["updates"])
         if description["world_size"] == distributed.world_size():
             set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
         return description
@@ -244,15 +249,16 @@ def _materialize_adam(optimizer: Any) -> None:
                     adam.state[parameter].update(step=torch.tensor(0.0), **zeros)
 
 
-def _adam_step(optimizer: Any) -> float:
+def _adam_step(optimizer: Any) -> float | None:
+    """Updates so far; None where the optimizer is not torch's Adam, which keeps and restores the count itself."""
     for adam in _adam_optimizers(optimizer):
         for state in adam.state.values():
             return float(state["step"])
-    return 0.0
+    return None
 
 
 def _set_adam_step(optimizer: Any, step: float) -> None:
     """The distributed optimizer of megatron-core 0.16.1 does not restore torch Adam's step count (distrib_optimizer.py)."""
     for adam in _adam_optimizers(optimizer):
         for state in adam.state.values():
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(step)

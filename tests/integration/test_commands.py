@@ -1,0 +1,98 @@
+"""The commands beside `train`, and training when a step teaches nothing or the engine holds other weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pyarrow import parquet
+from typer.testing import CliRunner
+
+from megatron_nsr.cli import app
+from megatron_nsr.observability.run_directory import RunDirectory
+from tests.integration.small_run import CONFIGS, Small, finished, start, state, values
+
+
+def test_supervised_training_lowers_the_loss(small: Small) -> None:
+    steps = values(small.base)
+    assert steps[-1]["supervised/loss"] < 0.5 * steps[0]["supervised/loss"]
+    assert steps[-1]["eval/puzzle/pass@1"] <= steps[-1]["eval/puzzle/pass@2"]
+    assert not any(name.startswith(("reward/", "rollout/")) for step in steps for name in step)
+
+
+def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine_end_the_run(small: Small, tmp_path: Path) -> None:
+    run, data, benchmark = tmp_path / "run", tmp_path / "train.jsonl", tmp_path / "benchmark.jsonl"
+    verdicts = ["correct"] * 2 + ["never"] * 2 + ["wrong"] * 2  # two problems a step
+    rows = [{"question": "1 2 3 = 6", "answer": "+ +", "verdict": verdict} for verdict in verdicts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark.write_text(json.dumps(rows[0]) + "\n")
+    overrides = [
+        *("reward.grader=tests.integration.graders:Scripted", "reward.timeout_s=0.3", "reward.truncated=masked"),
+        *(f"data.train={data}", "data.shuffle=false", "data.prompts_per_step=2", "objective.mini_batch_prompts=1"),
+        *("rollout.samples_per_prompt=2", "objective.dropped_share=1.0", f"evaluation.benchmarks.puzzle={benchmark}"),
+    ]
+
+    finished(start(small.nsr(run, "run.steps=2", *overrides), tmp_path / "nothing.log"), 0)
+    correct, never = values(run)
+    assert correct["reward/correct_ratio"] == correct["reward/fully_solved_ratio"] == 1 and correct["reward/no_verdict_ratio"] < 1
+    assert correct["policy/entropy"] > 0 and correct["rollout/logprob_gap_max"] < 1e-4  # measured on dropped samples
+    assert never["reward/no_verdict_ratio"] == 1 and "reward/correct_ratio" not in never
+    for step in (correct, never):
+        assert step["policy/updates"] == step["policy/kept_ratio"] == 0 and "policy/grad_norm" not in step
+    before, after = (safetensors.torch.load_file(path / "hf" / "model.safetensors") for path in (small.base, run))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    faulty = start(small.nsr(run, "run.steps=3", *overrides), tmp_path / "gap.log", module="tests.integration.faulty_push")
+    output = finished(faulty, 1)
+    assert "rollout/logprob_gap_max is " in output and "above rollout.max_logprob_gap=0.0001" in output
+    assert state(run)["status"] == "failed" and "rollout/logprob_gap_max" in state(run)["reason"]
+    assert RunDirectory(run).latest.resolve().name == "step_2"
+
+
+def test_a_checkpoint_and_its_export_evaluate_alike_on_boxed_answers(
+    small: Small, undisturbed: Callable[[int], Path], benchmark_data: Path, tmp_path: Path
+) -> None:
+    trained = RunDirectory(undisturbed(1))
+    results = {}
+    for step, path in ((0, trained.hf), (10, trained.checkpoint(10))):
+        run = tmp_path / f"evaluation_{step}"
+        overrides = [
+            *(f"run.dir={run}", f"model.path={path}", "reward.grader=math_verify", "data.max_prompt_tokens=600"),
+            *(f"evaluation.benchmarks.MATH={benchmark_data / 'math' / 'test.parquet'}", "evaluation.limit=50", "evaluation.samples=2"),
+            *(
+                f"evaluation.benchmarks.puzzle={small.data('math_style')}",
+                "evaluation.max_response_tokens=24",
+                "evaluation.temperature=0.3",
+            ),
+        ]
+        output = finished(start(["evaluate", str(CONFIGS / "quickstart.yaml"), *overrides], tmp_path / f"{step}.log"), 0)
+        assert "Pass@" in output and "MATH" in output and "written to" in output
+        results[step] = json.loads((run / "eval" / f"step_{step}.json").read_text())
+        assert results[step].pop("step") == step
+    assert results[0] == results[10]
+    math = results[0]["benchmarks"]["MATH"]
+    assert 0 < len(math["problems"]) <= 50 and len(math["problems"]) + math["too_long"] == min(50, parquet_rows(benchmark_data))
+    assert math["no_verdict"] == 0 and results[0]["heldout_entropy"] > 0
+
+
+def parquet_rows(benchmark_data: Path) -> int:
+    return int(parquet.ParquetFile(benchmark_data / "math" / "test.parquet").metadata.num_rows)
+
+
+def test_score_report_and_doctor(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    samples, out, page = tmp_path / "samples.jsonl", tmp_path / "verdicts.jsonl", tmp_path / "report.html"
+    rows = [("a", r"\boxed{1/2}", "0.5"), ("a", "no box", "0.5"), ("b", r"\boxed{3}", "4"), ("b", r"\boxed{4}", "4")]
+    samples.write_text("".join(json.dumps({"question_id": q, "response": r, "answer": a}) + "\n" for q, r, a in rows))
+
+    scored = CliRunner().invoke(app, ["score", str(samples), "--out", str(out)])
+    assert scored.exit_code == 0 and "50.00 %" in scored.stdout
+    assert [json.loads(line)["reason"] for line in out.read_text().splitlines()] == ["match", "no_box", "mismatch", "match"]
+
+    reported = CliRunner().invoke(app, ["report", str(small.base), str(undisturbed(1)), "--out", str(page)])
+    assert reported.exit_code == 0 and "puzzle" in page.read_text()
+
+    diagnosed = CliRunner().invoke(app, ["doctor"])
+    assert diagnosed.exit_code == 0 and "megatron-core" in diagnosed.stdout
