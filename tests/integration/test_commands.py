@@ -60,11 +60,11 @@ def test_a_checkpoint_and_its_export_evaluate_alike_on_boxed_answers(
     for step, path in ((0, trained.hf), (10, trained.checkpoint(10))):
         run = tmp_path / f"evaluation_{step}"
         overrides = [
-            *(f"run.dir={run}", f"model.path={path}", "reward.grader=math_verify", "data.max_prompt_tokens=600"),
-            *(f"evaluation.benchmarks.MATH={benchmark_data / 'math' / 'test.parquet'}", "evaluation.limit=50", "evaluation.samples=2"),
+            *(f"run.dir={run}", f"model.path={path}", "reward.grader=math_verify", "data.max_prompt_tokens=300"),
+            *(f"evaluation.benchmarks.MATH={benchmark_data / 'math' / 'test.parquet'}", "evaluation.limit=50", "evaluation.samples=1"),
             *(
                 f"evaluation.benchmarks.puzzle={small.data('math_style')}",
-                "evaluation.max_response_tokens=24",
+                "evaluation.max_response_tokens=16",
                 "evaluation.temperature=0.3",
             ),
         ]

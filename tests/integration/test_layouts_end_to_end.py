@@ -1,0 +1,81 @@
+"""The same training command on one process and at parallel layouts: a complete run directory, and one rank's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from megatron_nsr.config import load_config
+from megatron_nsr.observability.run_directory import RunDirectory
+from tests.integration.small_run import Small, finished, start, state, values
+
+LAYOUTS = {
+    "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true", "rollout.tensor_parallel=2"]),
+    "pipeline": (2, ["parallel.pipeline=2"]),
+    "virtual_pipeline": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "tensor_pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+# What a step's samples and both of its updates decide; the log-prob gap is rounding, and is bounded below.
+COMPARED = (
+    "reward/correct_ratio",
+    "reward/truncated_ratio",
+    "rollout/response_tokens_mean",
+    "policy/loss",
+    "policy/loss_nsr",
+    "policy/grad_norm",
+    "policy/entropy",
+    "policy/logprob",
+    "policy/kept_ratio",
+    "policy/updates",
+)
+
+
+def check_complete(run: Path, steps: int) -> None:
+    """Everything that a finished run leaves, and a policy that transformers reads."""
+    paths = RunDirectory(run)
+    assert state(run)["status"] == "done" and state(run)["step"] == steps
+    assert load_config(paths.config).run.steps == steps
+    assert {"versions", "hardware"} <= json.loads(paths.environment.read_text()).keys()
+    logged = values(run)
+    assert [step["step"] for step in logged] == list(range(1, steps + 1))
+    assert all(0 < step["rollout/logprob_gap_max"] < 1e-4 for step in logged)
+    assert [step["rollout/weight_version"] for step in logged] == list(range(steps))
+    assert paths.latest.resolve() == paths.checkpoint(steps).resolve() and (paths.latest / "run.json").is_file()
+    assert sorted(path.name for path in paths.checkpoints.iterdir()) == sorted(["latest", f"step_{steps - 1}", f"step_{steps}"])  # keep=2
+    evaluation = json.loads(paths.evaluation(steps).read_text())
+    assert evaluation["benchmarks"]["puzzle"]["pass_at_k"].keys() == {"1", "2", "4"}
+    assert evaluation["heldout_entropy"] == logged[-1]["heldout/entropy"]
+    assert steps in paths.sample_steps()
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(paths.hf, output_loading_info=True, dtype=torch.float32)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -> None:
+    check_complete(undisturbed(1), 10)
+
+
+def test_data_parallel_ranks_train_as_one_process_does(undisturbed: Callable[[int], Path]) -> None:
+    check_complete(undisturbed(2), 10)
+    same_first_step(undisturbed(2), undisturbed(1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path, layout: str) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    finished(start(small.nsr(tmp_path / "run", "run.steps=2", *overrides), tmp_path / "log", ranks=ranks), 0)
+    check_complete(tmp_path / "run", 2)
+    same_first_step(tmp_path / "run", undisturbed(1))
+
+
+def same_first_step(run: Path, reference: Path) -> None:
+    """Later steps may part where rounding flips a sampled token; the first one samples from equal weights."""
+    got, want = values(run)[0], values(reference)[0]
+    assert got.keys() == want.keys()
+    for name in COMPARED:
+        assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
