@@ -9,3 +9,5 @@ def ignore_library_warnings() -> None:
     """Hides Python warnings raised inside megatron-core, vLLM and torch; their errors and ours still show."""
     for package in ("megatron", "vllm", "torch"):
         warnings.filterwarnings("ignore", module=rf"{package}\.")
+    # torch's reader of checkpoints raises it under our CPU patch's name (torch 2.13.0)
+    warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
