@@ -68,12 +68,12 @@ class RolloutConfig(Section):
     temperature: PositiveFloat = Field(1.0, description="sampling temperature; training samples use neither top-p nor top-k")
     tensor_parallel: Positive = Field(1, description="ranks that host one engine together")
     max_num_seqs: Positive = Field(256, description="sequences the engine runs at once")
-    kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; None lets vLLM size it from gpu_memory_utilization")
+    kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB")
     max_logprob_gap: PositiveFloat | None = Field(
-        None, description="largest |engine - policy| log-prob of a sampled token before the run stops; None only logs it"
+        None, description="largest |engine - policy| log-prob of a sampled token before the run stops; null only logs it"
     )
 
 
@@ -107,9 +107,9 @@ class OptimizerConfig(Section):
     min_learning_rate: NonNegativeFloat = Field(0.0, description="final learning rate of the cosine schedule")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     warmup_steps: NonNegative = Field(0, description="linear warm-up, training steps")
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.999
-    eps: PositiveFloat = 1e-8
+    beta1: Fraction = Field(0.9, description="decay of the first moment of AdamW")
+    beta2: Fraction = Field(0.999, description="decay of the second moment of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegativeFloat = Field(0.01, description="decoupled; never on biases and norms")
     gradient_clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
 
@@ -133,17 +133,23 @@ class EvaluationConfig(Section):
     every: NonNegative = Field(0, description="steps between evaluations in training; 0 evaluates at the end only")
     samples: Positive = Field(16, description="responses a problem, the n of Pass@k")
     limit: Positive | None = Field(None, description="use only the first problems of each file")
-    temperature: PositiveFloat = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    top_k: int = Field(-1, ge=-1, description="-1: off")
-    max_response_tokens: Positive | None = Field(None, description="None: rollout.max_response_tokens")
-    entropy_samples: NonNegative = Field(1, description="responses a problem over which heldout/entropy is measured")
+    temperature: PositiveFloat = Field(0.6, description="sampling temperature")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.95, description="share of the probability mass that is sampled from; 1 is all of it"
+    )
+    top_k: int = Field(-1, ge=-1, description="most probable tokens that are sampled from; -1 is all of them")
+    max_response_tokens: Positive | None = Field(None, description="response budget, tokens; null is rollout.max_response_tokens")
+    entropy_samples: Positive = Field(
+        1, description="responses a problem, drawn as in training, on which heldout/entropy and the log-prob gap are measured"
+    )
 
 
 class LoggingConfig(Section):
-    tensorboard: bool = True
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "megatron_nsr"
+    tensorboard: bool = Field(True, description="also write metrics to RUN/tensorboard; RUN/metrics.jsonl is always written")
+    wandb: Literal["disabled", "offline", "online"] = Field(
+        "disabled", description="Weights & Biases; offline writes RUN/wandb for a later `wandb sync`"
+    )
+    wandb_project: str = Field("megatron_nsr", description="project in Weights & Biases")
     samples_every: NonNegative = Field(10, description="steps between kept samples (RUN/samples); 0 keeps none")
 
 

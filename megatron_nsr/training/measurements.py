@@ -46,7 +46,8 @@ def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> To
         total.add("entropy", output.entropy[mask].double().sum())
         total.add("logprob", output.logprobs[mask].double().sum())
         total.add("gap", gap.double().sum())
-        total.max_gap = max(total.max_gap, float(gap.max()) if len(gap) else 0.0)
+        # A log-prob that is no number is an infinite gap: max() of Python and of gloo may pass over a NaN.
+        total.max_gap = max(total.max_gap, float(gap.nan_to_num(nan=torch.inf).max()) if len(gap) else 0.0)
     return total
 
 

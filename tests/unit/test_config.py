@@ -1,0 +1,146 @@
+"""The configuration loader: files, overrides, references between fields, and what it says of wrong input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_nsr.config import Config, dump_config, load_config, parse_config
+from megatron_nsr.types import UserError
+
+MINIMAL: dict[str, dict[str, Any]] = {
+    "run": {"dir": "runs/a", "steps": 3},
+    "model": {"path": "model"},
+    "data": {"template": "plain", "prompts_per_step": 8},
+    "objective": {"name": "nsr", "mini_batch_prompts": 4},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, list(overrides))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def field(config: Config, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("objective.lambda=1", "objective.lambda_", 1.0),
+        ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
+        ("optimizer.weight_decay=0", "optimizer.weight_decay", 0.0),
+        ("data.train=data/train.jsonl", "data.train", "data/train.jsonl"),
+        ("data.limit=null", "data.limit", None),
+        ("data.shuffle=false", "data.shuffle", False),
+        ("run.dir=runs/a=b", "run.dir", "runs/a=b"),
+        ("run.dir=runs/${objective.name}", "run.dir", "runs/nsr"),
+        ("evaluation.benchmarks.math=data/math.jsonl", "evaluation.benchmarks", {"math": "data/math.jsonl"}),
+    ],
+)
+def test_an_override_is_read_as_yaml(file: Path, override: str, name: str, value: Any) -> None:
+    got = field(load_config(file, [override]), name)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_the_last_override_wins_and_the_rest_of_the_file_stays(file: Path) -> None:
+    config = load_config(file, ["run.steps=5", "run.steps=6"])
+    assert (config.run.steps, config.run.dir, config.data.prompts_per_step) == (6, "runs/a", 8)
+
+
+def test_a_reference_follows_an_override(file: Path) -> None:
+    file.write_text(yaml.safe_dump(MINIMAL | {"run": {"dir": "runs/${objective.name}", "steps": 3}}))
+    assert load_config(file, ["objective.name=psr"]).run.dir == "runs/psr"
+
+
+def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_FOLDER", "elsewhere")
+    assert load_config(file, ["model.path=${oc.env:SOME_FOLDER}/hf"]).model.path == "elsewhere/hf"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps=1.5", "run.steps=1.5: input should be a valid integer"),
+        ("run.steps=-1", "run.steps=-1: input should be greater than or equal to 0"),
+        ("run.steps=", "run.steps=None: input should be a valid integer"),
+        ("parallel.sequence=1", "parallel.sequence=1: input should be a valid boolean"),
+        ("run.dir=5", "run.dir=5: input should be a valid string"),
+        ("model.dtype=fp16", "model.dtype='fp16': input should be 'float32' or 'bfloat16'"),
+        ("optimizer.beta1=1.5", "optimizer.beta1=1.5: input should be less than or equal to 1"),
+        ("objective.lamda=1", "objective.lamda: no such key; did you mean lambda?"),
+        ("objecive.name=psr", "objecive: no such key; did you mean objective?"),
+        ("checkpoint.zzz=1", "checkpoint.zzz: no such key; known keys: every, keep, export_hf"),
+        ("objective=psr", "objective='psr': input should be a valid dictionary"),
+        ("run.dir=${objective.nmae}", "objective.nmae"),
+        ("run.dir=[1", "config.yaml: while parsing"),
+        ("run", "override 'run': write it as section.key=value"),
+        ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
+        ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
+        ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor of 2 or more, not 1"),
+        ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate=1.0 is above optimizer.learning_rate=1e-06"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_field(file: Path, override: str, expected: str) -> None:
+    assert expected in message(file, override)
+
+
+def test_every_wrong_field_is_named_at_once(file: Path) -> None:
+    text = message(file, "run.steps=x", "parallel.tensor=0")
+    assert "run.steps='x'" in text
+    assert "parallel.tensor=0" in text
+
+
+def test_missing_fields_are_named(file: Path) -> None:
+    file.write_text("run: {steps: 3}")
+    text = message(file)
+    assert all(f"{name}: required, but not given" in text for name in ("run.dir", "model", "data", "objective"))
+
+
+def test_a_missing_file_and_broken_yaml_are_said(tmp_path: Path) -> None:
+    assert "nowhere.yaml: no such file" in message(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("run: [")
+    assert "broken.yaml: while parsing" in message(tmp_path / "broken.yaml")
+
+
+def test_the_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> None:
+    config = load_config(
+        file,
+        [
+            "objective.lambda=0.25",
+            "optimizer.learning_rate=1e-7",
+            "optimizer.eps=1e-15",
+            "evaluation.benchmarks.math=data/math.jsonl",
+            "run.dir=runs/${objective.name}",
+            "data.limit=7",
+            "model.path='123'",
+        ],
+    )
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+    assert config.model.path == "123"
+    assert "lambda: 0.25" in copy.read_text()  # by the name that users write
+
+
+def test_defaults_are_the_paper_s() -> None:
+    config = parse_config(MINIMAL | {"data": {"template": "plain"}, "objective": {"name": "nsr"}})
+    assert (config.data.prompts_per_step, config.rollout.samples_per_prompt, config.objective.mini_batch_prompts) == (1024, 8, 256)
+    assert (config.objective.eps_low, config.objective.eps_high, config.objective.entropy_coefficient) == (0.2, 0.2, 1e-4)
+    assert (config.objective.lambda_, config.optimizer.learning_rate, config.rollout.temperature) == (0.1, 1e-6, 1.0)
