@@ -25,7 +25,7 @@ from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.training.setup import build_actor, require_weights
+from megatron_nsr.training.setup import build_actor, require_weights, training_temperature
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
@@ -117,7 +117,7 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
             )
         )
     distributed.init_process_group()
-    actor = build_actor(config, inputs.shape, inputs.backend)
+    actor = build_actor(config, inputs.shape, inputs.backend, training=inputs.train is not None)
     if graders is not None:
         rollouts = _build_rollouts(config, inputs, stack)
         benchmarks = Benchmarks(
@@ -126,6 +126,7 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
             graders,
             config.evaluation,
             config.reward,
+            training_temperature=training_temperature(config),
             max_response_tokens=config.rollout.max_response_tokens,
             stop_ids=inputs.tokenizer.stop_ids,
         )

@@ -79,7 +79,6 @@ class References:
 
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
         self.tokenizer, self.aggregation = tokenizer, config.objective.aggregation
-        self.max_response_tokens = config.rollout.max_response_tokens
 
     def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
         trajectories = [self._trajectory(index, prompt) for index, prompt in enumerate(prompts)]
@@ -94,7 +93,7 @@ class References:
 
     def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
         assert prompt.response is not None  # require_responses
-        ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]][: self.max_response_tokens]
+        ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]]
         return Trajectory(
             prompt=index,
             sample=0,

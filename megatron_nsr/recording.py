@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from megatron_nsr.config import Config
 from megatron_nsr.evaluation.benchmarks import Evaluation
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.environment import describe_environment
-from megatron_nsr.observability.loggers import Loggers, build_loggers
+from megatron_nsr.observability.loggers import Loggers, MetricLogger, build_loggers
 from megatron_nsr.observability.run_directory import RunDirectory, flat_config, open_run, write_json
 from megatron_nsr.observability.samples import sample_rows, write_samples
 from megatron_nsr.observability.state import Status, read_state, write_state
 from megatron_nsr.platform import distributed
-from megatron_nsr.types import Prompt, UserError
+from megatron_nsr.types import Prompt, StepMetrics, UserError
 from megatron_nsr.weights.gathering import gather_hf_tensors
 from megatron_nsr.weights.safetensors_files import write_hf_directory
 
@@ -95,6 +95,20 @@ def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> 
     )
 
 
+def check_gap(metrics: Mapping[str, float], area: str, bound: float | None) -> None:
+    """Raises RuntimeError where `AREA/logprob_gap_max` is past rollout.max_logprob_gap."""
+    gap = metrics.get(f"{area}/logprob_gap_max")
+    if bound is None or gap is None:
+        return
+    if math.isnan(metrics[f"{area}/logprob_gap_mean"]):  # a maximum does not show it
+        gap = math.nan
+    if not gap <= bound:
+        raise RuntimeError(
+            f"{area}/logprob_gap_max is {gap:.3g}, above rollout.max_logprob_gap={bound:.3g}: the engine does not hold the "
+            "policy's weights, or computes too differently; nothing of this step was saved"
+        )
+
+
 class Recorder:
     """Writes what loggers do not, and stops a run whose engine and policy disagree."""
 
@@ -102,18 +116,13 @@ class Recorder:
         self.run, self.config, self.prompts = run, config, prompts
         self.writes = distributed.rank() == 0
 
-    def check(self, metrics: dict[str, float]) -> None:
-        """Raises RuntimeError where the log-prob gap of the last rollouts is past its bound."""
-        bound, gap = self.config.rollout.max_logprob_gap, metrics.get("rollout/logprob_gap_max")
-        if bound is None or gap is None:
-            return
-        if math.isnan(metrics["rollout/logprob_gap_mean"]):  # a maximum does not show it
-            gap = math.nan
-        if not gap <= bound:
-            raise RuntimeError(
-                f"rollout/logprob_gap_max is {gap:.3g}, above rollout.max_logprob_gap={bound:.3g}: the engine does not hold the "
-                "policy's weights, or computes too differently; nothing of this step was saved"
-            )
+    def check(self, metrics: dict[str, float], loggers: MetricLogger, step: int) -> None:
+        """Raises RuntimeError where the log-prob gap of the step's rollouts is past its bound; the step's line is written first."""
+        try:
+            check_gap(metrics, "rollout", self.config.rollout.max_logprob_gap)
+        except RuntimeError:
+            loggers.log(StepMetrics(step, metrics))
+            raise
 
     def keep_samples(self, step: int, prompts: Sequence[Prompt], experience: Experience) -> None:
         every = self.config.logging.samples_every

@@ -13,11 +13,12 @@ from megatron_nsr.components import Components, Inputs, build_components, read_i
 from megatron_nsr.config import Config
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.loggers import MetricLogger
+from megatron_nsr.observability.metrics import last_step
 from megatron_nsr.observability.run_directory import RunDirectory, locate_run
 from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
-from megatron_nsr.recording import Recorder, announce, open_loggers, reporting_state
+from megatron_nsr.recording import Recorder, announce, check_gap, open_loggers, reporting_state
 from megatron_nsr.training.checkpoints import Checkpoints, newest_checkpoint
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import StepMetrics
@@ -56,24 +57,25 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
         self.recorder = Recorder(run, config, self.prompts)
         self.step = 0  # training steps completed
-        self.checkpoint_time: dict[str, float] = {}  # of the checkpoint since the last logged step
+        self.unfinished: dict[str, float] | None = None  # metrics of a step that has a checkpoint, but neither evaluation nor log line yet
         self._resume()
 
     def run(self, loggers: MetricLogger) -> Status:
         device = self.parts.actor.groups.device
         self.parts.push(self.step)
+        if self.unfinished is not None:
+            self._finish_step(self.unfinished, loggers)
         interrupted = self.stop.agreed(device)
         while self.step < self.config.run.steps and not interrupted:
             metrics = self.train_step()
-            loggers.log(StepMetrics(self.step, metrics))
-            self.recorder.check(metrics)
+            self.recorder.check(metrics, loggers, self.step)
             interrupted = self.stop.agreed(device)
             if interrupted or self.step % self.config.checkpoint.every == 0 or self.step == self.config.run.steps:
-                self._checkpoint()
-        if self.step < self.config.run.steps:
+                metrics |= self._checkpoint(metrics)
+            if not (interrupted and self._evaluates(self.step)):  # an evaluation may take long; it is made up for when the run goes on
+                self._finish_step(metrics, loggers)
+        if interrupted and (self.step < self.config.run.steps or self._evaluates(self.step)):
             return "stopped"
-        if not distributed.broadcast_object(self.run_directory.evaluation(self.step).is_file()):
-            self.evaluate()
         if self.config.checkpoint.export_hf:
             self.recorder.export_hf(self.parts)
         return "done"
@@ -91,16 +93,21 @@ class Trainer:
             if self.parts.pushes_every_step:
                 self.parts.push(step)
         self.step = step
-        metrics = self.parts.source.finish(metrics)
-        if self._evaluates(step):
-            with clock("eval"):
-                metrics |= self.evaluate()
         self.recorder.keep_samples(step, prompts, experience)
-        return self._finish_metrics(metrics, experience, clock)
+        return self._step_metrics(self.parts.source.finish(metrics), experience, clock)
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.evaluation.every
         return step == self.config.run.steps or (every > 0 and step % every == 0)
+
+    def _finish_step(self, metrics: dict[str, float], loggers: MetricLogger) -> None:
+        """Evaluates where it is due, and writes the step's line."""
+        clock = PhaseClock()
+        if self._evaluates(self.step):
+            with clock("eval"):
+                metrics |= self.evaluate()
+            metrics["time/eval_s"] = clock.seconds["eval"]
+        loggers.log(StepMetrics(self.step, metrics))
 
     def evaluate(self) -> dict[str, float]:
         """Pass@k and entropy of the current weights on the benchmarks, written to RUN/eval/step_N.json."""
@@ -108,7 +115,9 @@ class Trainer:
             return {}
         if not self.parts.pushes_every_step:
             self.parts.push(self.step)
-        return self.recorder.evaluation(self.parts.benchmarks.run(self.step, self.parts.actor))
+        evaluation = self.parts.benchmarks.run(self.step, self.parts.actor)
+        check_gap(evaluation.metrics, "heldout", self.config.rollout.max_logprob_gap)
+        return self.recorder.evaluation(evaluation)
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer
@@ -121,9 +130,9 @@ class Trainer:
             total_steps=self.config.run.steps,
         )
 
-    def _finish_metrics(self, metrics: dict[str, float], experience: Experience, clock: PhaseClock) -> dict[str, float]:
+    def _step_metrics(self, metrics: dict[str, float], experience: Experience, clock: PhaseClock) -> dict[str, float]:
         tokens = sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in experience.trajectories)
-        times, self.checkpoint_time = clock.metrics() | self.checkpoint_time, {}
+        times = clock.metrics()
         return {
             "data/epoch": float(self.sampler.epoch),
             **experience.metrics,
@@ -132,12 +141,13 @@ class Trainer:
             "perf/tokens_per_s": tokens / times["time/step_s"],
         }
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The step's metrics go with it: a run that ends before their line is written can still write it."""
         actor, clock = self.parts.actor, PhaseClock()
-        state = {"sampler": self.sampler.state(), "weight_version": self.step}
+        state = {"sampler": self.sampler.state(), "weight_version": self.step, "metrics": metrics}
         with clock("checkpoint"):
             self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path))
-        self.checkpoint_time = {"time/checkpoint_s": clock.seconds["checkpoint"]}
+        return {"time/checkpoint_s": clock.seconds["checkpoint"]}
 
     def _resume(self) -> None:
         latest = self.checkpoints.latest()
@@ -147,3 +157,5 @@ class Trainer:
         saved = self.checkpoints.load(latest, actor.wrapped, actor.optimizer, actor.backend)
         self.sampler.load_state(saved["sampler"])
         self.step = saved["step"]
+        if distributed.broadcast_object(last_step(self.run_directory.metrics)) < self.step:
+            self.unfinished = saved["metrics"]

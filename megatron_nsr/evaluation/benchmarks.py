@@ -39,6 +39,7 @@ class Benchmarks:
         settings: EvaluationConfig,
         reward: RewardConfig,
         *,
+        training_temperature: float,
         max_response_tokens: int,
         stop_ids: tuple[int, ...],
     ) -> None:
@@ -50,9 +51,14 @@ class Benchmarks:
             max_tokens=settings.max_response_tokens or max_response_tokens,
             stop_ids=stop_ids,
         )
+        self.plain = Sampling(temperature=training_temperature, max_tokens=max_response_tokens, stop_ids=stop_ids)
 
     def run(self, step: int, actor: Actor) -> Evaluation:
-        """Evaluates the weights that were pushed last. The samples' seeds are the same at every step and for every run."""
+        """Evaluates the weights that were pushed last. The samples' seeds are the same at every step.
+
+        Entropy, and the log-prob gap that proves the push, are measured on samples of their own, drawn as in training: the
+        evaluation's may be sharpened or cut.
+        """
         result: dict[str, Any] = {"step": step, "benchmarks": {}, "heldout_entropy": None}
         metrics: dict[str, float] = {}
         measured: list[Trajectory] = []
@@ -63,9 +69,13 @@ class Benchmarks:
             scored = score_benchmark(prompts, verdicts, self.settings.samples)
             result["benchmarks"][name] = {**scored, "too_long": problems.too_long}
             metrics |= {f"eval/{name}/pass@{k}": value for k, value in scored["pass_at_k"].items()}
-            measured += [t for t in trajectories if t.sample < self.settings.entropy_samples]
-        if measured:
-            result["heldout_entropy"] = metrics["heldout/entropy"] = actor.measure_samples(measured)["policy/entropy"]
+            measured += self.rollouts.generate(
+                prompts, step=0, samples=self.settings.entropy_samples, sampling=self.plain, purpose="heldout"
+            )
+        heldout = actor.measure_samples(measured)
+        result["heldout_entropy"] = metrics["heldout/entropy"] = heldout["policy/entropy"]
+        for name in ("mean", "max"):
+            result[f"logprob_gap_{name}"] = metrics[f"heldout/logprob_gap_{name}"] = heldout[f"rollout/logprob_gap_{name}"]
         return Evaluation(result, metrics)
 
 

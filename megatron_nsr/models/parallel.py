@@ -29,6 +29,13 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
     ):
         if size % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide {field}={size}")
+    if parallel.distributed_optimizer and pipeline > 1 and shape.tie_embeddings:
+        # The tied embedding gets a bucket of its own there, and megatron-core 0.16.1 restores shards from wrong places
+        # (distrib_optimizer.py).
+        raise UserError(
+            f"parallel.distributed_optimizer=true with parallel.pipeline={pipeline}: not with tied embeddings, whose optimizer state "
+            "would not survive a checkpoint; turn one of the two off"
+        )
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")

@@ -6,6 +6,7 @@ May import: megatron.core, types. Transformer Engine is imported only when the b
 from __future__ import annotations
 
 import importlib
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ class TransformerEngineBackend:
             importlib.import_module("transformer_engine.pytorch")
         except ImportError as error:
             raise UserError(f"model.backend='te': Transformer Engine cannot be imported ({error}); install the [cuda] extra") from None
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before the process group exists
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     def config_overrides(self) -> dict[str, Any]:

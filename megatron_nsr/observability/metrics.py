@@ -40,6 +40,8 @@ METRICS: dict[str, str] = {
     "policy/updates": "optimizer steps in the training step, count",
     "policy/learning_rate": "learning rate of the step's last update",
     "supervised/loss": "mean negative log-likelihood of reference responses, nats a token",
+    "heldout/logprob_gap_mean": "as rollout/logprob_gap_mean, on held-out prompts and the weights that were evaluated, nats",
+    "heldout/logprob_gap_max": "as rollout/logprob_gap_max, on held-out prompts and the weights that were evaluated, nats",
     "heldout/entropy": "mean entropy of the policy at response tokens on held-out prompts, nats a token",
     "eval/<benchmark>/pass@<k>": "unbiased Pass@k, mean over the benchmark's problems, 0 to 1",
     "data/epoch": "complete passes over the training prompts, count",
@@ -50,7 +52,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "wall time of forward, backward and optimizer, seconds",
     "time/weight_sync_s": "wall time of pushing weights to the rollout engine, seconds",
     "time/eval_s": "wall time of evaluation, seconds",
-    "time/checkpoint_s": "wall time of writing the checkpoint after the step before, seconds",
+    "time/checkpoint_s": "wall time of writing the step's checkpoint, seconds",
     "time/other_s": "wall time of the step that no other phase counts, seconds",
     "perf/tokens_per_s": "prompt and response tokens of the step over its wall time, tokens a second",
 }
@@ -85,6 +87,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise UserError(f"{path} line {number}: not a JSON object with a step")
     return records
+
+
+def last_step(path: Path) -> int:
+    """The step of the last line; 0 where there is none."""
+    records = read_metrics(path)
+    return int(records[-1]["step"]) if records else 0
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -28,6 +28,7 @@ MAY_CHANGE = frozenset(
         "rollout.push_bucket_mib",
         "rollout.enforce_eager",
         "rollout.tensor_parallel",
+        "rollout.max_logprob_gap",
         "reward.workers",
         "reward.timeout_s",
         "reward.memory_limit_mib",
@@ -180,7 +181,9 @@ def _check_resumable(run: RunDirectory, config: Config) -> None:
         raise UserError(f"run.dir={run.path}: the config of the run it holds cannot be read; choose another run.dir ({error})") from None
     given = flat_config(config)
     keys = list(dict.fromkeys([*given, *stored]))
-    changed = [key for key in keys if not _may_change(key) and stored.get(key, ABSENT) != given.get(key, ABSENT)]
+    # The cosine schedule ends at the last step: with another one the learning rate would jump.
+    fixed = {"run.steps"} if config.optimizer.schedule == "cosine" else set()
+    changed = [key for key in keys if (key in fixed or not _may_change(key)) and stored.get(key, ABSENT) != given.get(key, ABSENT)]
     if changed:
         shown = ", ".join(f"{key} was {_show(stored, key)} and is {_show(given, key)}" for key in changed[:DIFFERENCES_SHOWN])
         more = f" and {len(changed) - DIFFERENCES_SHOWN} more" if len(changed) > DIFFERENCES_SHOWN else ""

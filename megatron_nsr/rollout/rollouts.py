@@ -12,6 +12,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from megatron_nsr.platform.distributed import TIMEOUT
 from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
 from megatron_nsr.rollout.seeds import Purpose, sample_seed
 from megatron_nsr.types import Prompt, Trajectory
@@ -40,7 +41,7 @@ class Rollouts:
         self._engine_index = rank // engine_ranks
         self._speaks_for_engine = rank % engine_ranks == 0
         # Python objects travel over gloo: NCCL would take them through GPU memory
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
 
     def generate(self, prompts: Sequence[Prompt], *, step: int, samples: int, sampling: Sampling, purpose: Purpose) -> list[Trajectory]:
         """Samples `samples` responses a prompt; the list is ordered by (prompt, sample) and the same on every rank.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-Purpose = Literal["train", "eval"]
+Purpose = Literal["train", "eval", "heldout"]
 
 
 def sample_seed(run_seed: int, step: int, prompt_id: str, sample: int, *, purpose: Purpose = "train") -> int:

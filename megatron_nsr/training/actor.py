@@ -38,10 +38,11 @@ class PreparedStep:
 
 
 class Actor:
-    """Owns the wrapped model chunks and the optimizer. Every rank calls every method: they contain collectives."""
+    """Owns the model chunks, their data-parallel wrappers and the optimizer. Every rank calls every method: they contain collectives."""
 
     def __init__(
         self,
+        chunks: Sequence[Any],
         wrapped: Sequence[Any],
         optimizer: Any,
         backend: Backend,
@@ -52,17 +53,13 @@ class Actor:
         dropped_share: float,
         seed: int,
     ) -> None:
+        self.chunks = list(chunks)  # the bare model
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
         self.entropy_coefficient, self.budget = entropy_coefficient, tokens_per_micro_batch
         self.dropped_share, self.seed = dropped_share, seed
         config = self.wrapped[0].config
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
         self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-
-    @property
-    def chunks(self) -> list[Any]:
-        """The bare model chunks, without the data-parallel wrapper."""
-        return [chunk.module for chunk in self.wrapped]
 
     def prepare(self, batch: StepBatch, step: int) -> PreparedStep:
         """Packs the step and recomputes old log-probs, unless a single mini-batch makes every sample on-policy.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_nsr.models.backends import Backend
@@ -77,7 +75,7 @@ class Checkpoints:
                 _remove(final)
             os.replace(partial, final)
             self._point_latest(final)
-            self._prune()
+            self._prune(step)
         distributed.barrier()
 
     def load(self, path: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> dict[str, Any]:
@@ -106,10 +104,13 @@ class Checkpoints:
         link.symlink_to(target.name)
         os.replace(link, self.directory / "latest")
 
-    def _prune(self) -> None:
-        steps = sorted(self.directory.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
-        for old in steps[: -self.keep]:
-            _remove(old)
+    def _prune(self, step: int) -> None:
+        """Keeps the newest up to `latest`; later ones belong to a future that was given up, by pointing `latest` back."""
+        named = {path.name.removeprefix("step_"): path for path in self.directory.glob("step_*")}
+        steps = sorted((int(name), path) for name, path in named.items() if name.isdigit())
+        past = [path for number, path in steps if number <= step]
+        for path in [path for number, path in steps if number > step] + past[: -self.keep]:
+            _remove(path)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -147,9 +148,6 @@ def is_checkpoint(path: str | Path) -> bool:
 def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
     """Weights and optimizer in torch_dist format; `directory` exists and is empty."""
     _materialize_adam(optimizer)
-    # For its results megatron-core 0.16.1 starts a manager process (strategies/filesystem_async.py), which a saving in the
-    # foreground does not need: it costs two seconds, and the signals that a scheduler sends to all processes of a job kill it.
-    filesystem_async._results_queue = queue.SimpleQueue()
     with backend.phase():
         dist_checkpointing.save(
             _sharded_state(wrapped, optimizer, is_loading=False), str(directory), get_default_save_sharded_strategy("torch_dist")
@@ -167,7 +165,27 @@ def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, b
         for index, chunk in enumerate(wrapped):
             _bare(chunk).load_state_dict(loaded[f"model{index}"])
         if optimizer is not None:
+            weights = _weight_sums(wrapped)
             optimizer.load_state_dict(loaded["optimizer"])
+            _check_restored(optimizer, weights == _weight_sums(wrapped), directory)
+
+
+def _weight_sums(wrapped: Sequence[Any]) -> list[float]:
+    return [float(parameter.detach().double().sum()) for chunk in wrapped for parameter in chunk.parameters()]
+
+
+def _check_restored(optimizer: Any, weights_unchanged: bool, directory: Path) -> None:
+    """The optimizer holds the weights too, in fp32: where they are not the model's, its shards were restored from wrong places.
+
+    megatron-core 0.16.1 does that for some layouts of the distributed optimizer, with a warning only (distrib_optimizer.py).
+    """
+    equal = weights_unchanged
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        model, main = getattr(inner, "shard_float16_groups", []), getattr(inner, "shard_fp32_from_float16_groups", [])
+        for shards in zip(model, main, strict=True):
+            equal &= all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in zip(*shards, strict=True))
+    if not all(distributed.all_gather_object(equal)):
+        raise RuntimeError(f"checkpoint {directory}: the optimizer's weights are not the model's (distributed optimizer)")
 
 
 def rng_state() -> dict[str, Any]:

@@ -26,8 +26,11 @@ from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_actor(config: Config, shape: ModelShape, backend: Backend) -> Actor:
-    """Builds the policy on this rank, with the weights that `model.path` and `model.initialization` name."""
+def build_actor(config: Config, shape: ModelShape, backend: Backend, *, training: bool = True) -> Actor:
+    """Builds the policy on this rank, with the weights that `model.path` and `model.initialization` name.
+
+    Without `training` it has neither gradient buffers nor an optimizer, and only measures.
+    """
     initialize_parallel(config.parallel, shape, distributed.world_size(), config.run.seed)
     groups = ParallelGroups.current(backend.device)
     dtype = DTYPES[config.model.dtype]
@@ -35,10 +38,13 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend) -> Actor:
         shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
     )
     load_initial_weights(chunks, config, shape, backend)
-    with backend.phase():
-        wrapped = wrap_data_parallel(chunks, distributed_optimizer=config.parallel.distributed_optimizer)
-        optimizer = build_optimizer(wrapped, config.optimizer, dtype=dtype, distributed_optimizer=config.parallel.distributed_optimizer)
+    wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
+    if training:
+        with backend.phase():
+            wrapped = wrap_data_parallel(chunks, distributed_optimizer=sharded)
+            optimizer = build_optimizer(wrapped, config.optimizer, dtype=dtype, distributed_optimizer=sharded)
     return Actor(
+        chunks,
         wrapped,
         optimizer,
         backend,
@@ -52,16 +58,19 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend) -> Actor:
 
 def build_head(config: Config, shape: ModelShape, groups: ParallelGroups) -> Head:
     """The LM head with this run's loss terms, as a function of hidden states, its weight shard and a micro-batch's inputs."""
-    objective = config.objective
+    objective, temperature = config.objective, training_temperature(config)
     terms = LossTerms(objective.eps_low, objective.eps_high, objective.entropy_coefficient)
 
     def head(hidden: torch.Tensor, weight: torch.Tensor, inputs: HeadInputs) -> HeadOutputs:
         shard = VocabularyShard(groups.tensor_rank * len(weight), shape.vocab_size, groups.tensor_group)
-        return policy_head(
-            hidden, weight, inputs, shard, terms, temperature=config.rollout.temperature, chunk=config.training.head_chunk_tokens
-        )
+        return policy_head(hidden, weight, inputs, shard, terms, temperature=temperature, chunk=config.training.head_chunk_tokens)
 
     return head
+
+
+def training_temperature(config: Config) -> float:
+    """The temperature of the distribution that is trained: the rollouts', and 1 where references are learned."""
+    return 1.0 if config.objective.name == "supervised" else config.rollout.temperature
 
 
 def require_weights(config: Config) -> None:

@@ -40,6 +40,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "tp2_pp2": {"tensor": 2, "pipeline": 2},
         "tp2_sp_dp2": {"tensor": 2, "sequence": True},
+        "tp2_sp_dp2_recompute_distributed_optimizer": {
+            "tensor": 2,
+            "sequence": True,
+            "recompute": "full",
+            "distributed_optimizer": True,
+        },
         "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
     },
 }
