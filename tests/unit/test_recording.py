@@ -11,8 +11,8 @@ import pytest
 from megatron_nsr.config import Config, parse_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state, write_state
-from megatron_nsr.recording import Recorder, reporting_state
-from megatron_nsr.types import UserError
+from megatron_nsr.recording import Recorder, check_gap, reporting_state
+from megatron_nsr.types import StepMetrics, UserError
 
 
 def config_for(directory: Path, **rollout: Any) -> Config:
@@ -68,18 +68,33 @@ def test_any_rank_reports_a_failure_and_the_first_reason_stays(tmp_path: Path, m
     assert outcome(run) == ("failed", 3, "MemoryError: no room")
 
 
-def gaps(largest: float, mean: float) -> dict[str, float]:
-    return {"rollout/logprob_gap_max": largest, "rollout/logprob_gap_mean": mean}
+class Lines:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[StepMetrics] = []
+
+    def log(self, metrics: StepMetrics) -> None:
+        self.logged.append(metrics)
+
+    def close(self) -> None: ...
 
 
-@pytest.mark.parametrize(("largest", "mean"), [(0.02, 0.001), (math.inf, math.inf), (0.0, math.nan)])
-def test_a_gap_past_its_bound_or_no_number_stops_the_run(tmp_path: Path, largest: float, mean: float) -> None:
-    recorder = Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01), ())
+@pytest.mark.parametrize("gap", [0.02, math.inf, math.nan])
+def test_a_gap_past_its_bound_or_no_number_stops_the_run_after_its_line(tmp_path: Path, gap: float) -> None:
+    recorder, lines = Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01), ()), Lines()
     with pytest.raises(RuntimeError, match=r"rollout/logprob_gap_max is .*, above rollout\.max_logprob_gap=0\.01"):
-        recorder.check(gaps(largest, mean))
+        recorder.check({"rollout/logprob_gap_max": gap}, lines, 3)
+    assert [line.step for line in lines.logged] == [3]
 
 
-def test_a_gap_within_its_bound_or_without_one_passes(tmp_path: Path) -> None:
-    Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01), ()).check(gaps(0.01, 0.001))
-    Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01), ()).check({})
-    Recorder(RunDirectory(tmp_path), config_for(tmp_path), ()).check(gaps(5.0, 1.0))
+@pytest.mark.parametrize(
+    ("bound", "metrics"), [(0.01, {"heldout/logprob_gap_max": 0.01}), (0.01, {}), (None, {"heldout/logprob_gap_max": 5.0})]
+)
+def test_a_gap_within_its_bound_or_without_one_passes(bound: float | None, metrics: dict[str, float]) -> None:
+    check_gap(metrics, "heldout", bound)
+
+
+def test_an_evaluation_of_a_wrong_push_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"heldout/logprob_gap_max is 0\.5"):
+        check_gap({"heldout/logprob_gap_max": 0.5}, "heldout", 0.01)
