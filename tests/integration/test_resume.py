@@ -45,7 +45,7 @@ def test_a_run_that_is_stopped_twice_and_killed_once_ends_as_an_undisturbed_one(
         file.write('{"step": 99, "policy/lo')  # a torn line
 
     output = finished(start(arguments, tmp_path / "resumed.log"), 0)
-    assert f"step {resumable + 1}/10" in output and f"step {resumable}/10" not in output
+    assert f"step {resumable + 1}/10" in output and f"step {resumable - 1}/10" not in output
     assert state(run)["status"] == "done"
     assert [step["step"] for step in values(run)] == list(range(1, 11))
     assert values(run) == values(undisturbed(1))
@@ -66,3 +66,19 @@ def test_two_ranks_stopped_by_a_signal_to_torchrun_continue_to_the_same_numbers(
     finished(start(arguments, tmp_path / "resumed.log", ranks=2), 0)
     assert state(run)["status"] == "done"
     assert values(run) == values(undisturbed(2))
+
+
+def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    """The last checkpoint comes before the evaluation, whose numbers and whose step's line are then still missing."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed(1), run, symlinks=True)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    (run / "eval/step_10.json").unlink()
+    shutil.rmtree(run / "hf")
+    (run / "state.json").write_text((run / "state.json").read_text().replace('"done"', '"running"'))
+    output = finished(start(small.nsr(run, "run.steps=10"), tmp_path / "resumed.log"), 0)
+    assert "step 10/10" in output and "step 9/10" not in output
+    assert values(run) == values(undisturbed(1))
+    assert (run / "eval/step_10.json").read_bytes() == (undisturbed(1) / "eval/step_10.json").read_bytes()
+    assert (run / "hf/model.safetensors").is_file()

@@ -42,7 +42,7 @@ def test_a_new_run_holds_the_config_it_was_given(tmp_path: Path) -> None:
         {"evaluation": {"benchmarks": {"MATH": "test.parquet"}}},
         {"training": {"tokens_per_micro_batch": 512}},
         {"rollout": {"max_num_seqs": 8, "kv_cache_mib": 64, "gpu_memory_utilization": 0.3, "push_bucket_mib": 1}},
-        {"rollout": {"enforce_eager": True, "tensor_parallel": 2}},
+        {"rollout": {"enforce_eager": True, "tensor_parallel": 2, "max_logprob_gap": 0.5}},
         {"reward": {"workers": 3, "timeout_s": 1.0, "memory_limit_mib": 512, "cache_size": 0}},
     ],
     ids=lambda sections: "-".join(sections),
@@ -73,6 +73,12 @@ def test_another_experiment_in_the_same_directory_is_refused_by_field(tmp_path: 
     assert named in str(caught.value)
     assert str(caught.value).endswith("choose another run.dir")
     assert load_config(run.config) == first
+
+
+def test_a_cosine_schedule_keeps_its_last_step(tmp_path: Path) -> None:
+    open_run(config_for(tmp_path, optimizer={"schedule": "cosine"}))
+    with pytest.raises(UserError, match=r"run\.steps was 4 and is 9"):
+        open_run(config_for(tmp_path, optimizer={"schedule": "cosine"}, run={"steps": 9}))
 
 
 def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
