@@ -5,8 +5,10 @@ May import: types and this package.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -115,7 +117,7 @@ class GraderPool:
         if self._closed:
             raise RuntimeError("this grader pool is closed")
         with self._lock:
-            keys = [self._key(index, response, prompt) for index, (response, prompt) in enumerate(items)]
+            keys = self._keys(items)
             first_of = {key: index for index, key in reversed(list(enumerate(keys)))}
             known = {key: self._cache[key] for key in first_of if key in self._cache}
             verdicts = self._run(items, deque(index for key, index in first_of.items() if key not in known))
@@ -125,13 +127,15 @@ class GraderPool:
 
     # --- cache --------------------------------------------------------------------------------------------------------
 
-    def _key(self, index: int, response: str, prompt: Prompt) -> Hashable:
-        """What a verdict depends on. The math grader reads nothing but the last box and the reference answer."""
+    def _keys(self, items: Sequence[tuple[str, Prompt]]) -> list[Hashable]:
+        """What each verdict depends on. The math grader reads nothing but the last box and the reference answer, others all they get."""
         if not self._cache_size:
-            return index
+            return list(range(len(items)))
         if self._is_math:
-            return last_boxed(response), prompt.answer
-        return response, prompt.source, prompt.id, prompt.answer
+            return [(last_boxed(response), prompt.answer) for response, prompt in items]
+        distinct = {id(prompt): prompt for _, prompt in items}  # a prompt has many responses
+        digests = {identity: _digest(prompt) for identity, prompt in distinct.items()}
+        return [(response, digests[id(prompt)]) for response, prompt in items]
 
     def _remember(self, verdicts: dict[Hashable, Verdict]) -> None:
         """Keeps real verdicts and unusable golds; a timeout or a crash may be the machine's fault and is tried again next time."""
@@ -242,3 +246,8 @@ class GraderPool:
         worker.process.kill()
         worker.stop()
         self._workers[position] = _Worker(self._grader, self._memory_limit_mib)
+
+
+def _digest(prompt: Prompt) -> bytes:
+    """A digest of every field: what tells two prompts apart for a grader may be any of them, and ids repeat among files."""
+    return hashlib.blake2b(pickle.dumps(prompt), digest_size=16).digest()

@@ -114,6 +114,17 @@ def test_identical_items_are_graded_once_and_remembered(tmp_path: Path) -> None:
         assert len(notes.read_text().splitlines()) == 4
 
 
+def test_prompts_that_differ_anywhere_have_verdicts_of_their_own() -> None:
+    """Two files may number their problems alike, and their rows may differ in nothing but a column that the grader reads."""
+    level_1, level_2 = (prompt(source="MATH", extra={"level": level}) for level in (1, 2))
+    a, b = Prompt("p", "What is 1 + 1?", (), ""), Prompt("p", "What is 1 + 2?", (), "")
+    with make(cache_size=10) as pool:
+        asked = [("source", level_1), ("source", level_2), ("text", a), ("text", b)]
+        answers = ["MATH 1", "MATH 2", "What is 1 + 1?", "What is 1 + 2?"]
+        assert [verdict.answer for verdict in pool.grade(asked)] == answers
+        assert [pool.grade([item])[0].answer for item in reversed(asked)] == answers[::-1]
+
+
 def test_without_a_cache_every_item_is_graded(pool: GraderPool, tmp_path: Path) -> None:
     pool.grade(items(*[f"note {tmp_path / 'notes'}"] * 5))
     assert len((tmp_path / "notes").read_text().splitlines()) == 5

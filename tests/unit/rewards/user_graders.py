@@ -24,6 +24,9 @@ class Obedient:
     def source(self, rest: str, prompt: Prompt) -> Verdict:
         return Verdict(Outcome.WRONG, Reason.MISMATCH, f"{prompt.source} {prompt.extra['level']}")
 
+    def text(self, rest: str, prompt: Prompt) -> Verdict:
+        return Verdict(Outcome.CORRECT, Reason.MATCH, prompt.text)
+
     def pid(self, rest: str, prompt: Prompt) -> Verdict:
         return Verdict(Outcome.CORRECT, Reason.MATCH, str(os.getpid()))
 
