@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_nsr.objectives.grpo import GroupRelative
 from megatron_nsr.objectives.objective import Objective
 from megatron_nsr.objectives.signed import SignedObjective
-from megatron_nsr.platform.imports import load_object
+from megatron_nsr.platform.imports import load_instance
 from megatron_nsr.types import UserError
 
 NAMES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo")
@@ -25,6 +25,6 @@ def build_objective(name: str, *, lambda_: float, entropy_coefficient: float) ->
         case "grpo":
             return GroupRelative(carries_entropy=entropy_coefficient > 0)
     if ":" in name:
-        objective: Objective = load_object(name, "objective.name")()
+        objective: Objective = load_instance(name, "objective.name", "weigh(rewards, judged)")
         return objective
     raise UserError(f"objective.name={name!r}: choose one of {', '.join((*NAMES, 'supervised'))}, or an import path module:Class")

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_nsr.platform.imports import load_object
+from megatron_nsr.platform.imports import load_instance
 from megatron_nsr.rewards.grader import Grader
 from megatron_nsr.types import Outcome, Prompt, Reason, UserError, Verdict
 
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     _ignore_the_trainers_signals()
     _die_with(parent, tied)
     try:
-        grader = load_grader(grader_path)
+        grader: Grader = load_instance(grader_path, "reward.grader", "grade(response, prompt)")
     except UserError as error:
         connection.send(Ready(str(error)))
         return
@@ -60,20 +60,6 @@ def main(arguments: list[str]) -> None:
                 connection.send(judge(grader, response, prompt))
     except (EOFError, ConnectionError):
         return  # the pool closed or its process is gone
-
-
-def load_grader(path: str) -> Grader:
-    """Builds the grader that `module:Class` names; raises UserError with one line whatever goes wrong in the user's module."""
-    try:
-        grader = load_object(path, "reward.grader")()
-    except UserError:
-        raise
-    except Exception as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"reward.grader={path!r}: building it raised {type(error).__name__}: {line}") from None
-    if not callable(getattr(grader, "grade", None)):
-        raise UserError(f"reward.grader={path!r}: it has no method grade(response, prompt)")
-    return grader
 
 
 def judge(grader: Grader, response: str, prompt: Prompt) -> Reply:

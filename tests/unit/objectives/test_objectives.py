@@ -137,3 +137,25 @@ def test_a_users_objective_may_not_keep_what_has_no_verdict() -> None:
     own = build_objective(path, lambda_=0.0, entropy_coefficient=0.0)
     with pytest.raises(ValueError, match="kept a sample that has no verdict"):
         build_step_batch([], [TIMEOUT], own, samples_per_prompt=1, mini_batch_prompts=1, aggregation="token_mean", normalization="batch")
+
+
+class NeedsArguments:
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class Weightless:
+    weigh = 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NeedsArguments", r"building it raised TypeError: .*missing 1 required positional argument: 'scale'"),
+        ("Weightless", r"it has no method weigh\(rewards, judged\)"),
+        ("Absent", f"module {__name__} has no Absent"),
+    ],
+)
+def test_an_objective_that_cannot_be_used_is_the_users_error(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^objective\.name='{__name__}:{name}': {message}$"):
+        objective(f"{__name__}:{name}")
