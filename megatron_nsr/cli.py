@@ -6,7 +6,9 @@ Exit status: 0 done; 1 failed while running; 2 wrong input; 3 stopped by a signa
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_nsr.platform.quiet import ignore_library_warnings
 from megatron_nsr.types import UserError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
+RANK_0_SPEAKS_FIRST_S = 1.0  # torchrun looks at its processes every 0.1 s
 
 app = typer.Typer(
     add_completion=False,
@@ -138,8 +141,7 @@ def _exit(work: Callable[[], int]) -> None:
     try:
         status = work()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megatron-nsr: {error}", file=sys.stderr)
+        _say(str(error), rank=int(os.environ.get("RANK", "0")))
         status = WRONG_INPUT
     except Exception:
         traceback.print_exc()
@@ -150,3 +152,15 @@ def _exit(work: Callable[[], int]) -> None:
         raise SystemExit(status)
     # A failed rank must not wait for the others in a collective that its teardown would start.
     os._exit(status)
+
+
+def _say(problem: str, *, rank: int) -> None:
+    """One line on stderr. Most wrong input is wrong on every rank: torchrun ends the others once rank 0 has left, before they repeat it.
+
+    What is wrong elsewhere only, such as a file that one node lacks, is told by the rank that met it.
+    """
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer that got so far remembers signals instead
+        time.sleep(RANK_0_SPEAKS_FIRST_S)
+        problem = f"rank {rank}: {problem}"
+    print(f"megatron-nsr: {problem}", file=sys.stderr)
