@@ -1,17 +1,17 @@
 """Tokenizers behind one interface: Hugging Face's tokenizer.json, or a sentencepiece tokenizer.model.
 
-May import: types; transformers and sentencepiece are imported when a tokenizer is loaded, as transformers takes seconds.
+May import: platform.model_files, types; transformers and sentencepiece are imported when a tokenizer is loaded: they take seconds.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_nsr.platform.model_files import read_json
 from megatron_nsr.types import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -22,18 +22,16 @@ class Tokenizer(ABC):
 
     vocab_size: one above the highest id it knows; the model's own vocabulary may be padded beyond it.
     stop_ids: the ids that end a response: the tokenizer's end of sequence first, then those of generation_config.json and config.json.
-    bos_id: the beginning-of-sequence id, where there is one; `encode` never adds it.
     """
 
-    def __init__(self, directory: Path, *, vocab_size: int, bos_id: int | None, eos_id: int | None) -> None:
+    def __init__(self, directory: Path, *, vocab_size: int, eos_id: int | None) -> None:
         self.directory = directory
         self.vocab_size = vocab_size
-        self.bos_id = bos_id
         self.stop_ids = _stop_ids(directory, eos_id)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` and nothing else; special tokens spelled out in it become their single ids."""
+        """The ids of `text` and nothing else, no beginning of sequence; special tokens spelled out in it become their single ids."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens. An id that no token has (a padded vocabulary row) gives U+FFFD."""
@@ -70,7 +68,7 @@ class _HFTokenizer(Tokenizer):
         except Exception as error:  # the tokenizers library raises bare Exception for a broken file
             raise UserError(f"model.path={directory}: cannot load its tokenizer: {_one_line(error)}") from None
         self._ids = frozenset(self._tokenizer.get_vocab().values())
-        super().__init__(directory, vocab_size=max(self._ids) + 1, bos_id=self._tokenizer.bos_token_id, eos_id=self._tokenizer.eos_token_id)
+        super().__init__(directory, vocab_size=max(self._ids) + 1, eos_id=self._tokenizer.eos_token_id)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
@@ -90,11 +88,10 @@ class _SentencePieceTokenizer(Tokenizer):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         except (OSError, RuntimeError) as error:
             raise UserError(f"model.path={directory}: tokenizer.model is not a sentencepiece model: {_one_line(error)}") from None
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()  # -1: has none
+        eos = self._processor.eos_id()  # -1: has none
         super().__init__(
             directory,
             vocab_size=self._processor.get_piece_size(),
-            bos_id=bos if bos >= 0 else None,
             eos_id=eos if eos >= 0 else None,
         )
         # A stop token may be a user-defined symbol, which sentencepiece itself would print.
@@ -114,27 +111,13 @@ class _SentencePieceTokenizer(Tokenizer):
 def _stop_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
     ids = [] if eos_id is None else [eos_id]
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(directory, name).get("eos_token_id")
+        value = (read_json(directory, name) or {}).get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
     if not ids:
         raise UserError(
             f"model.path={directory}: nothing ends a response; set eos_token_id in generation_config.json, config.json or the tokenizer"
         )
     return tuple(dict.fromkeys(int(index) for index in ids))
-
-
-def _read_json(directory: Path, name: str) -> dict[str, Any]:
-    """The file's object, empty where there is no such file."""
-    path = directory / name
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model.path={directory}: {name} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"model.path={directory}: {name} is not a JSON object")
-    return values
 
 
 def _one_line(error: Exception) -> str:

@@ -1,16 +1,16 @@
 """Reads the shape of a model from a Hugging Face directory's config.json: Qwen2/2.5, Qwen3 and Llama 3 dense models.
 
-May import: types.
+May import: platform.model_files, types.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megatron_nsr.platform.model_files import read_json
 from megatron_nsr.types import UserError
 
 Family = Literal["qwen2", "qwen3", "llama"]
@@ -47,16 +47,14 @@ class ModelShape:
     qk_norm: bool
     max_positions: int
     initializer_range: float
-    eos_ids: tuple[int, ...]
-    bos_id: int | None
 
 
 def read_model_shape(path: str) -> ModelShape:
-    """Reads PATH/config.json (and the stop ids of generation_config.json, where there is one).
+    """Reads PATH/config.json.
 
     Raises UserError naming model.path and what is missing or not supported.
     """
-    reader = _Reader(path, _read_json(path, "config.json"))
+    reader = _Reader(path, _config_values(path))
     family = reader.family()
     reader.refuse_unsupported(family)
     theta, scaling = reader.rope()
@@ -83,9 +81,15 @@ def read_model_shape(path: str) -> ModelShape:
         qk_norm=family == "qwen3",
         max_positions=reader.integer("max_position_embeddings"),
         initializer_range=float(reader.values.get("initializer_range", 0.02)),
-        eos_ids=_stop_ids(path, reader.values),
-        bos_id=reader.values.get("bos_token_id"),
     )
+
+
+def _config_values(path: str) -> dict[str, Any]:
+    values = read_json(path, "config.json")
+    if values is None:
+        missing = "no config.json in it" if Path(path).is_dir() else "no such directory"
+        raise UserError(f"model.path={path}: {missing}; give a Hugging Face model's directory")
+    return values
 
 
 class _Reader:
@@ -148,30 +152,3 @@ class _Reader:
             raise self.error(f"rope_type='llama3' needs {', '.join(missing)}")
         factor, low, high, original = (parameters[name] for name in names)
         return theta, Llama3Rope(float(factor), float(low), float(high), int(original))
-
-
-def _stop_ids(path: str, values: Mapping[str, Any]) -> tuple[int, ...]:
-    """The stop ids of both files, in order, each once: instruct models name more of them in generation_config.json."""
-    stops: list[int] = []
-    sources = [values]
-    if (Path(path) / "generation_config.json").is_file():
-        sources.append(_read_json(path, "generation_config.json"))
-    for source in sources:
-        found = source.get("eos_token_id")
-        stops += found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(dict.fromkeys(stops))
-
-
-def _read_json(path: str, name: str) -> dict[str, Any]:
-    file = Path(path) / name
-    if not Path(path).is_dir():
-        raise UserError(f"model.path={path}: no such directory; give a Hugging Face model's directory")
-    if not file.is_file():
-        raise UserError(f"model.path={path}: no {name} in it; give a Hugging Face model's directory")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path={path}: {name} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"model.path={path}: {name} is not a JSON object")
-    return values

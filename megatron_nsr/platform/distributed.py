@@ -89,6 +89,6 @@ def barrier() -> None:
 
 
 def destroy() -> None:
-    """Destroys the default process group where there is one; call it last, on every path."""
+    """Destroys the default process group where there is one. For a process that goes on, as a test does: a command just exits."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,9 +1,13 @@
-"""The small files of a model directory that go wherever its weights go. May import: the standard library."""
+"""The small files of a model directory: reading them, and taking them wherever its weights go. May import: types."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
+
+from megatron_nsr.types import UserError
 
 # What is needed to tokenise and to stop as the source did; config.json is separate, since an export writes its own.
 TOKENIZER_FILES = (
@@ -25,3 +29,17 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def read_json(directory: str | Path, name: str) -> dict[str, Any] | None:
+    """The object in a file of a model directory; None where there is no such file. Raises UserError naming model.path otherwise."""
+    file = Path(directory) / name
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not UTF-8 either
+        raise UserError(f"model.path={directory}: {name} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"model.path={directory}: {name} is not a JSON object")
+    return values

@@ -17,7 +17,6 @@ class ParallelGroups:
     tensor_size: int
     data_rank: int
     data_size: int
-    pipeline_size: int
     last_stage: bool
     device: torch.device
     tensor_group: dist.ProcessGroup | None
@@ -30,7 +29,6 @@ class ParallelGroups:
             tensor_size=tensor_size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
-            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
             last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
             device=device,
             tensor_group=parallel_state.get_tensor_model_parallel_group() if tensor_size > 1 else None,

@@ -17,7 +17,6 @@ COMMON = settings(deadline=None, max_examples=50, suppress_health_check=[HealthC
 def test_hf_ids_without_special_tokens_of_its_own(llama: Path) -> None:
     tokenizer = load_tokenizer(str(llama))
     assert tokenizer.encode("hé<|eot_id|>") == [*"hé".encode(), 261]
-    assert tokenizer.bos_id == 256
     assert tokenizer.vocab_size == 262
 
 
@@ -56,7 +55,6 @@ def test_sentencepiece_special_tokens(sentencepiece_directory: Path) -> None:
     tokenizer = load_tokenizer(str(sentencepiece_directory))
     assert tokenizer.encode("\n<|end|>\\boxed{}") == [3, 4, 5, 6]  # user-defined symbols follow <unk>, <s>, </s>
     assert tokenizer.stop_ids == (2, 4)
-    assert tokenizer.bos_id == 1
     assert tokenizer.vocab_size == 48
     assert tokenizer.decode([1, *tokenizer.encode("1 + 2"), 4, 2]) == "1 + 2"
     assert tokenizer.decode([0]) == "\ufffd"

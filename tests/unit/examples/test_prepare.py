@@ -103,7 +103,8 @@ def test_the_model_is_what_the_package_reads_and_can_be_split(out: Path, tokeniz
     shape = read_model_shape(str(out / "model"))
     assert (shape.family, shape.head_dim, shape.tie_embeddings, shape.initializer_range) == ("qwen3", 32, True, 0.05)
     assert shape.vocab_size == tokenizer.vocab_size
-    assert shape.eos_ids == tokenizer.stop_ids
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert tokenizer.stop_ids == (config["eos_token_id"],)
     assert shape.num_layers % 4 == 0 and shape.heads % 2 == shape.query_groups % 2 == 0
     attention = 2 * shape.hidden * shape.head_dim * (shape.heads + shape.query_groups)
     assert shape.vocab_size * shape.hidden + shape.num_layers * (attention + 3 * shape.hidden * shape.ffn) < 1_000_000

@@ -26,8 +26,6 @@ SHAPE = ModelShape(
     qk_norm=True,
     max_positions=64,
     initializer_range=0.02,
-    eos_ids=(1,),
-    bos_id=None,
 )
 
 

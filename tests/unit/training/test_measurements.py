@@ -15,7 +15,7 @@ from megatron_nsr.training.packing import pack
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
-ONE_RANK = ParallelGroups(0, 1, 0, 1, 1, True, torch.device("cpu"), None)
+ONE_RANK = ParallelGroups(0, 1, 0, 1, True, torch.device("cpu"), None)
 LENGTHS, WEIGHTS, SCALE = (4, 2, 5), (0.5, -1.0, -1.0), 0.1
 
 

@@ -27,8 +27,6 @@ SHAPE = ModelShape(
     qk_norm=True,
     max_positions=64,
     initializer_range=0.02,
-    eos_ids=(1,),
-    bos_id=None,
 )
 ENTRIES = {entry.megatron: entry for family in FAMILIES for _, entry in whole_model_entries(replace(SHAPE, family=family))}
 
