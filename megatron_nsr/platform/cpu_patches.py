@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import queue
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -29,7 +28,6 @@ class CallSite(NamedTuple):
 _NAMES = "install(): torch.cuda.current_device and torch.cuda.synchronize"
 _PHASE = "megatron_phase(): device='cuda', Tensor.cuda(), Tensor.type()"
 _TRACKER = "install(): the random number tracker"
-_RESULTS = "install(): the queue of the checkpoint writer's results"
 _ADAM_STEP = "install(): DistributedOptimizer._set_main_param_and_optimizer_states"
 _DEVICE_TAKEN = "the file takes its device from a parameter or the process group"
 
@@ -58,12 +56,6 @@ PATCHED_CALL_SITES: tuple[CallSite, ...] = (
     ),
     CallSite("distributed/param_and_grad_buffer.py", _NAMES, "allocates parameter and gradient buffers on current_device()", _DEVICE_TAKEN),
     CallSite("dist_checkpointing/strategies/filesystem_async.py", _NAMES, "synchronizes before it writes", "it asks whether CUDA is there"),
-    CallSite(
-        "dist_checkpointing/strategies/filesystem_async.py",
-        _RESULTS,
-        "starts a manager process for the results of a writer that runs in the foreground: two seconds, and signals to a whole job kill it",
-        "it starts one for asynchronous saves only",
-    ),
     CallSite("dist_checkpointing/strategies/state_dict_saver.py", _PHASE, "counts failures in a tensor on 'cuda'", _DEVICE_TAKEN),
     CallSite("pipeline_parallel/schedules.py", _PHASE, "counts tokens in a tensor on 'cuda'", _DEVICE_TAKEN),
     CallSite(
@@ -116,7 +108,6 @@ def install() -> None:
     torch.cuda.synchronize = _synchronize
     _install_random_tracker()
     _install_adam_step()
-    _install_results_queue()
     _installed = True
 
 
@@ -168,12 +159,6 @@ def _install_adam_step() -> None:
         upstream(self, model_param, {**tensors, "step": state["step"].clone()} if "step" in state else tensors)
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-
-
-def _install_results_queue() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def megatron_phase() -> contextlib.AbstractContextManager[Any]:

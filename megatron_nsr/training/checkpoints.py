@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy, get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_nsr.models.backends import Backend
@@ -148,6 +150,9 @@ def is_checkpoint(path: str | Path) -> bool:
 def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
     """Weights and optimizer in torch_dist format; `directory` exists and is empty."""
     _materialize_adam(optimizer)
+    # On any device megatron-core 0.16.1 would start a manager process for the writer's results (strategies/filesystem_async.py), also
+    # for a save in the foreground: it takes two seconds, and SIGTERM to a whole job kills it before the checkpoint that it asks for.
+    filesystem_async._results_queue = queue.SimpleQueue()
     with backend.phase():
         dist_checkpointing.save(
             _sharded_state(wrapped, optimizer, is_loading=False), str(directory), get_default_save_sharded_strategy("torch_dist")

@@ -55,23 +55,25 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
 def test_a_checkpoint_and_its_export_evaluate_alike_on_boxed_answers(
     small: Small, undisturbed: Callable[[int], Path], benchmark_data: Path, tmp_path: Path
 ) -> None:
-    trained = RunDirectory(undisturbed(1))
+    trained, files = RunDirectory(undisturbed(1)), {"MATH": benchmark_data / "math" / "test.parquet", "puzzle": small.data("math_style")}
+    overrides = [
+        *(f"evaluation.benchmarks.{name}={file}" for name, file in files.items()),
+        *("evaluation.limit=50", "evaluation.samples=1", "evaluation.max_response_tokens=16", "evaluation.temperature=0.3"),
+        *("reward.grader=math_verify", "data.max_prompt_tokens=300"),
+    ]
+    started = {
+        step: start(
+            ["evaluate", str(CONFIGS / "quickstart.yaml"), f"run.dir={tmp_path / str(step)}", f"model.path={path}", *overrides],
+            tmp_path / f"{step}.log",
+        )
+        for step, path in ((0, trained.hf), (10, trained.checkpoint(10)))
+    }
     results = {}
-    for step, path in ((0, trained.hf), (10, trained.checkpoint(10))):
-        run = tmp_path / f"evaluation_{step}"
-        overrides = [
-            *(f"run.dir={run}", f"model.path={path}", "reward.grader=math_verify", "data.max_prompt_tokens=300"),
-            *(f"evaluation.benchmarks.MATH={benchmark_data / 'math' / 'test.parquet'}", "evaluation.limit=50", "evaluation.samples=1"),
-            *(
-                f"evaluation.benchmarks.puzzle={small.data('math_style')}",
-                "evaluation.max_response_tokens=16",
-                "evaluation.temperature=0.3",
-            ),
-        ]
-        output = finished(start(["evaluate", str(CONFIGS / "quickstart.yaml"), *overrides], tmp_path / f"{step}.log"), 0)
+    for step, command in started.items():
+        output = finished(command, 0)
         assert "Pass@" in output and "MATH" in output and "written to" in output
-        results[step] = json.loads((run / "eval" / f"step_{step}.json").read_text())
-        assert results[step].pop("step") == step
+        results[step] = json.loads((tmp_path / str(step) / "eval" / f"step_{step}.json").read_text())
+        assert results[step].pop("step") == step and Path(results[step].pop("model")).name == ("step_10" if step else "hf")
     assert results[0] == results[10]
     math = results[0]["benchmarks"]["MATH"]
     assert 0 < len(math["problems"]) <= 50 and len(math["problems"]) + math["too_long"] == min(50, parquet_rows(benchmark_data))
