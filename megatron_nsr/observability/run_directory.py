@@ -63,10 +63,6 @@ class RunDirectory:
         return self.path / "state.json"
 
     @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from megatron_nsr.config import load_config
+from megatron_nsr.observability.metrics import METRICS, metric_meaning, read_metrics
 from megatron_nsr.observability.run_directory import RunDirectory
 from tests.integration.small_run import Small, finished, start, state, values
 
@@ -58,6 +59,13 @@ def check_complete(run: Path, steps: int) -> None:
 
 def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -> None:
     check_complete(undisturbed(1), 10)
+
+
+def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path]) -> None:
+    logged = {name for run in (small.base, undisturbed(1)) for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}
+    assert not [name for name in logged if metric_meaning(name) is None]
+    # The second has no value in an NSR run: it trains no correct response.
+    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>", "policy/clip_fraction_psr"}
 
 
 def test_data_parallel_ranks_train_as_one_process_does(undisturbed: Callable[[int], Path]) -> None:
