@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# exp() of a larger difference of log-probs overflows nothing in fp32 and is clipped by any sensible range anyway.
+# Keeps exp() finite. Where w > 0 the clip's bound acts long before. Where w < 0 the clip has no upper bound: this alone bounds the loss,
+# and a ratio beyond e^20 gets no gradient without counting as clipped.
 MAX_LOG_RATIO = 20.0
 
 

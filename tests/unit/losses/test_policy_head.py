@@ -104,6 +104,13 @@ def test_each_sign_is_stopped_by_its_own_bound_alone(weight: float, ratio: float
     assert clipped.item() is (not flows)
 
 
+def test_a_negative_weights_loss_stays_finite_however_likely_the_token_became() -> None:
+    logprob = torch.tensor([-1.0], requires_grad=True)
+    loss, clipped = clipped_policy_loss(logprob, torch.tensor([-200.0]), torch.tensor([-1.0]), LossTerms())
+    (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+    assert loss.item() == pytest.approx(math.exp(20.0)) and gradient.item() == 0 and not clipped.item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_of_psr_and_nsr_add_up_to_reinforce(dtype: torch.dtype) -> None:
     """g_PSR + g_NSR = g_REINFORCE at equal parameters, clipping included and entropy counted once."""
