@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A strict, frozen section: an unknown key or a wrong type is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -199,7 +199,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
     return parse_config(values)
 

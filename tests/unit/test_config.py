@@ -117,6 +117,13 @@ def test_a_missing_file_and_broken_yaml_are_said(tmp_path: Path) -> None:
     assert "nowhere.yaml: no such file" in message(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("run: [")
     assert "broken.yaml: while parsing" in message(tmp_path / "broken.yaml")
+    (tmp_path / "five.yaml").write_text("5")
+    assert "five.yaml: Invalid loaded object type" in message(tmp_path / "five.yaml")
+
+
+def test_a_key_has_one_spelling_and_a_number_is_finite(file: Path) -> None:
+    assert "objective.lambda_: no such key; did you mean lambda?" in message(file, "objective.lambda_=1")
+    assert "optimizer.learning_rate=inf: input should be a finite number" in message(file, "optimizer.learning_rate=.inf")
 
 
 def test_the_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -> None:
