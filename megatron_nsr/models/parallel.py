@@ -17,11 +17,6 @@ from megatron_nsr.types import UserError
 def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> None:
     """Raises UserError naming the first field that does not fit; needs no process group."""
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
-    if world_size % (tensor * pipeline):
-        raise UserError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world_size} "
-            f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {tensor * pipeline}"
-        )
     for field, size in (
         ("num_attention_heads", shape.heads),
         ("num_key_value_heads", shape.query_groups),
@@ -39,6 +34,11 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")
+    if world_size % (tensor * pipeline):
+        raise UserError(
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world_size} "
+            f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {tensor * pipeline}"
+        )
 
 
 def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size: int, seed: int) -> None:
