@@ -65,6 +65,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     benchmarks = {
         name: _read(config, tokenizer, path, f"evaluation.benchmarks.{name}", config.evaluation.limit)
         for name, path in config.evaluation.benchmarks.items()
+        if path is not None
     }
     _check_lengths(config, shape.max_positions, train, benchmarks)
     return Inputs(

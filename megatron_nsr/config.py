@@ -129,7 +129,7 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    benchmarks: dict[str, str] = Field(default_factory=dict, description="name: file of problems")
+    benchmarks: dict[str, str | None] = Field(default_factory=dict, description="name: file of problems; null leaves one out")
     every: NonNegative = Field(0, description="steps between evaluations in training; 0 evaluates at the end only")
     samples: Positive = Field(16, description="responses a problem, the n of Pass@k")
     limit: Positive | None = Field(None, description="use only the first problems of each file")

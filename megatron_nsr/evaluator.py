@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ def evaluate(config: Config) -> None:
     N is the checkpoint's step, 0 for a Hugging Face directory. The directory may be that of the run that wrote the checkpoint: nothing
     else in it is changed.
     """
-    if not config.evaluation.benchmarks:
+    if not any(config.evaluation.benchmarks.values()):
         raise UserError("evaluation.benchmarks: no benchmark is named; give at least one, as evaluation.benchmarks.MATH=FILE")
     inputs = read_inputs(config, training=False)
     run, path = RunDirectory(Path(config.run.dir)), Path(config.model.path)
     step = read_description(path)["step"] if is_checkpoint(path) else 0
+    _refuse_mixing(run, path, step)
     announce(config, inputs)
     with ExitStack() as stack:
         parts = build_components(config, inputs, stack)
@@ -46,8 +48,20 @@ def evaluate(config: Config) -> None:
             console.print(f"written to {run.evaluation(step)}")
 
 
+def _refuse_mixing(run: RunDirectory, model: Path, step: int) -> None:
+    """Raises UserError where the result would stand for another model: in a run that it does not come from, or over its evaluation."""
+    inside = model.resolve().is_relative_to(run.path.resolve())
+    if run.state.is_file() and not inside:
+        raise UserError(f"run.dir={run.path}: holds a training run, which model.path={model} is no part of; choose another run.dir")
+    written = run.evaluation(step)
+    other = json.loads(written.read_text(encoding="utf-8")).get("model") if written.is_file() else None
+    if other not in (None, str(model)) and not inside:
+        raise UserError(f"run.dir={run.path}: {written.name} is the evaluation of model.path={other}; choose another run.dir")
+
+
 def _table(name: str, scores: dict[str, Any]) -> Table:
-    table = Table(title=f"{name}: {len(scores['problems'])} problems, {scores['n']} samples each", title_justify="left")
+    missing = f"; {scores['no_verdict']} samples have no verdict and count as not correct" if scores["no_verdict"] else ""
+    table = Table(title=f"{name}: {len(scores['problems'])} problems, {scores['n']} samples each{missing}", title_justify="left")
     for k in scores["pass_at_k"]:
         table.add_column(f"Pass@{k}", justify="right")
     table.add_row(*(f"{100 * value:.1f} %" for value in scores["pass_at_k"].values()))

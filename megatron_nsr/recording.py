@@ -34,9 +34,10 @@ class Progress:
 
     def started(self, config: Config, steps: Callable[[], int]) -> None:
         """Makes the run directory: the input has proved right. steps: tells the completed steps at any later moment."""
-        self.steps = steps
         if self.writes:
             open_run(config)
+        self.steps = steps
+        if self.writes:
             write_json(self.run.environment, describe_environment())
             write_state(self.run, "running", steps())
 
@@ -66,6 +67,17 @@ def announce(config: Config, inputs: Inputs) -> None:
     data = [("data.train", inputs.train), *inputs.benchmarks.items()]
     counts = ", ".join(f"{name} {len(p.prompts)} prompts" + (f" ({p.too_long} too long)" if p.too_long else "") for name, p in data if p)
     print(f"{config.run.dir}: {config.objective.name}, {counts}; {sizes} on {inputs.backend.device.type}; starting ...", flush=True)
+
+
+def conclude(config: Config, run: RunDirectory, status: Status, step: int) -> None:
+    """The last line: where the results are, or how to go on."""
+    if distributed.launched_rank() != 0:
+        return
+    if status == "stopped":
+        print(f"{run.path}: stopped after step {step} of {config.run.steps}; the same command continues", flush=True)
+    else:
+        policy = f"; policy in {run.hf}" if config.checkpoint.export_hf else ""
+        print(f"{run.path}: {step} steps done{policy}; compare runs: megatron-nsr report {run.path} --out FILE", flush=True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from megatron_nsr.observability.run_directory import RunDirectory, locate_run
 from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
-from megatron_nsr.recording import Recorder, announce, check_gap, open_loggers, reporting_state
+from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state
 from megatron_nsr.training.checkpoints import Checkpoints, newest_checkpoint
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import StepMetrics
@@ -43,7 +43,9 @@ def train(config: Config) -> Status:
         progress.started(config, lambda: trainer.step)
         loggers = stack.enter_context(open_loggers(run, config, completed_steps=trainer.step))
         status = trainer.run(loggers)
-        return progress.ended(status, f"{stop.signal or 'a signal on another rank'} asked for it" if status == "stopped" else "")
+        progress.ended(status, f"{stop.signal or 'a signal on another rank'} asked for it" if status == "stopped" else "")
+    conclude(config, run, status, trainer.step)
+    return status
 
 
 class Trainer:

@@ -42,6 +42,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     Whatever a run lacks (evaluations, samples, metrics) is left out. Raises UserError naming an argument that is no run directory.
     """
     data = load_runs(runs)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"out={out}: no directory {out.parent}")
     environment = Environment(
         loader=PackageLoader("megatron_nsr.evaluation", "."),
         autoescape=select_autoescape(["j2"]),

@@ -108,8 +108,9 @@ def locate_run(config: Config) -> RunDirectory:
     Raises UserError where it is no directory, or holds a run whose config differs in a field that a resume may not change.
     """
     run = RunDirectory(Path(config.run.dir))
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"run.dir={config.run.dir}: cannot be a directory (it is a file); choose another run.dir")
+    existing = next(path for path in (run.path.absolute(), *run.path.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run.dir={config.run.dir}: cannot be a directory ({existing.name} is a file); choose another run.dir")
     if run.config.is_file():
         _check_resumable(run, config)
     return run

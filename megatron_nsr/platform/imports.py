@@ -23,7 +23,7 @@ def load_object(path: str, field: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{field}={path!r}: cannot import {error.name}") from None
+        raise UserError(f"{field}={path!r}: cannot import {error.name}; it must lie in the working directory, or on PYTHONPATH") from None
     try:
         return getattr(module, name)
     except AttributeError:

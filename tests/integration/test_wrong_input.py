@@ -139,11 +139,11 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(refuse: Refuse, sma
     assert message == f"model.path={tmp_path / 'model'}: the tokenizer knows {config['vocab_size']} ids, the model has 100"
 
 
-def test_a_run_directory_that_is_a_file_is_refused(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_run_directory_that_is_a_file_is_refused(refuse: Refuse, small: Small, tmp_path: Path, below: str) -> None:
     (tmp_path / "run").write_text("not a directory")
-    assert (
-        refuse(small.nsr(tmp_path / "run")) == f"run.dir={tmp_path / 'run'}: cannot be a directory (it is a file); choose another run.dir"
-    )
+    run = Path(f"{tmp_path / 'run'}{below}")
+    assert refuse(small.nsr(run)) == f"run.dir={run}: cannot be a directory (run is a file); choose another run.dir"
 
 
 def test_a_run_is_not_resumed_with_another_config(refuse: Refuse, small: Small) -> None:

@@ -51,6 +51,7 @@ def field(config: Config, name: str) -> Any:
         ("run.dir=runs/a=b", "run.dir", "runs/a=b"),
         ("run.dir=runs/${objective.name}", "run.dir", "runs/nsr"),
         ("evaluation.benchmarks.math=data/math.jsonl", "evaluation.benchmarks", {"math": "data/math.jsonl"}),
+        ("evaluation.benchmarks.math=null", "evaluation.benchmarks", {"math": None}),
     ],
 )
 def test_an_override_is_read_as_yaml(file: Path, override: str, name: str, value: Any) -> None:

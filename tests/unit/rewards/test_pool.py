@@ -145,7 +145,7 @@ def test_a_timeout_is_not_remembered() -> None:
 @pytest.mark.parametrize(
     ("grader", "message"),
     [
-        ("no_such_module:Grader", "reward.grader='no_such_module:Grader': cannot import no_such_module"),
+        ("no_such_module:Grader", "reward.grader='no_such_module:Grader': cannot import no_such_module; it must lie in .*"),
         ("user_graders:Absent", "reward.grader='user_graders:Absent': module user_graders has no Absent"),
         ("user_graders", "reward.grader='user_graders': write an import path as module:Class"),
         ("user_graders:Unbuildable", "reward.grader='user_graders:Unbuildable': building it raised ValueError: no licence file"),
