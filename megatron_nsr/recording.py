@@ -41,11 +41,10 @@ class Progress:
             write_json(self.run.environment, describe_environment())
             write_state(self.run, "running", steps())
 
-    def ended(self, status: Status, reason: str = "") -> Status:
+    def ended(self, status: Status, reason: str = "") -> None:
         assert self.steps is not None
         if self.writes:
             write_state(self.run, status, self.steps(), reason)
-        return status
 
     def failed(self, error: BaseException) -> None:
         """Wrong input that shows before the start is not a failed run. Any rank may fail; the first one knows the reason."""
@@ -121,8 +120,8 @@ def check_gap(metrics: Mapping[str, float], area: str, bound: float | None) -> N
 class Recorder:
     """Writes what loggers do not, and stops a run whose engine and policy disagree."""
 
-    def __init__(self, run: RunDirectory, config: Config, prompts: Sequence[Prompt]) -> None:
-        self.run, self.config, self.prompts = run, config, prompts
+    def __init__(self, run: RunDirectory, config: Config) -> None:
+        self.run, self.config = run, config
         self.writes = distributed.rank() == 0
 
     def check(self, metrics: dict[str, float], loggers: MetricLogger, step: int) -> None:

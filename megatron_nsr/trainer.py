@@ -57,7 +57,7 @@ class Trainer:
         self.prompts = inputs.train.prompts
         self.sampler = inputs.sampler
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
-        self.recorder = Recorder(run, config, self.prompts)
+        self.recorder = Recorder(run, config)
         self.step = 0  # training steps completed
         self.unfinished: dict[str, float] | None = None  # metrics of a step that has a checkpoint, but neither evaluation nor log line yet
         self._resume()

@@ -82,7 +82,7 @@ class Lines:
 
 @pytest.mark.parametrize("gap", [0.02, math.inf, math.nan])
 def test_a_gap_past_its_bound_or_no_number_stops_the_run_after_its_line(tmp_path: Path, gap: float) -> None:
-    recorder, lines = Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01), ()), Lines()
+    recorder, lines = Recorder(RunDirectory(tmp_path), config_for(tmp_path, max_logprob_gap=0.01)), Lines()
     with pytest.raises(RuntimeError, match=r"rollout/logprob_gap_max is .*, above rollout\.max_logprob_gap=0\.01"):
         recorder.check({"rollout/logprob_gap_max": gap}, lines, 3)
     assert [line.step for line in lines.logged] == [3]
