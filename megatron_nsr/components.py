@@ -18,7 +18,7 @@ from megatron_nsr.experience import ExperienceSource, GradedRollouts, References
 from megatron_nsr.models.backends import Backend, choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import validate_layout
-from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.objectives.objective import Objective, OwnLoss
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
@@ -59,6 +59,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     if config.objective.name != "supervised":
         settings = config.objective
         objective = build_objective(settings.name, lambda_=settings.lambda_, entropy_coefficient=settings.entropy_coefficient)
+        _check_own_loss(objective, config)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
     train, sampler = _read_train(config, tokenizer, config.data.train) if training and config.data.train else (None, None)
@@ -118,7 +119,8 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
             )
         )
     distributed.init_process_group()
-    actor = build_actor(config, inputs.shape, inputs.backend, training=inputs.train is not None)
+    own_loss = inputs.objective if isinstance(inputs.objective, OwnLoss) else None
+    actor = build_actor(config, inputs.shape, inputs.backend, own_loss=own_loss, training=inputs.train is not None)
     if graders is not None:
         rollouts = _build_rollouts(config, inputs, stack)
         benchmarks = Benchmarks(
@@ -168,6 +170,14 @@ def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[Prompt
     if config.objective.name == "supervised":
         require_responses(train.prompts, path)
     return train, PromptSampler(len(train.prompts), data.prompts_per_step, seed=config.run.seed, shuffle=data.shuffle)
+
+
+def _check_own_loss(objective: Objective, config: Config) -> None:
+    """Raises UserError where an objective with a loss of its own is given settings of the built-in ones: they would do nothing."""
+    if isinstance(objective, OwnLoss):
+        for name, off in (("form", "clipped"), ("dual_clip", None), ("rollout_correction", None)):
+            if (value := getattr(config.objective, name)) != off:
+                raise UserError(f"objective.{name}={value!r}: objective.name={config.objective.name!r} brings its own token_loss")
 
 
 def _check_lengths(config: Config, max_positions: int, train: PromptSet | None, benchmarks: dict[str, PromptSet]) -> None:

@@ -41,6 +41,9 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32"
     )
+    head_fp8: bool = Field(
+        False, description="the LM head's logits from sides rounded to FP8 (e4m3); what that does to log-probs is in fused-head.md"
+    )
 
 
 class ParallelConfig(Section):
@@ -89,8 +92,17 @@ class RewardConfig(Section):
 class ObjectiveConfig(Section):
     name: str = Field(description="psr, nsr, w_reinforce, reinforce, grpo, supervised, or the import path of an Objective, module:Class")
     lambda_: NonNegativeFloat = Field(0.1, alias="lambda", description="weight of positive samples in w_reinforce")
+    form: Literal["clipped", "reinforce", "probability"] = Field(
+        "clipped", description="policy loss of a token: clipped ratio, -w log pi, or -w pi (the paper's equation 6)"
+    )
     eps_low: Fraction = Field(0.2, description="negative samples stop where the ratio falls below 1 - eps_low")
     eps_high: NonNegativeFloat = Field(0.2, description="positive samples stop where the ratio exceeds 1 + eps_high")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="largest ratio that counts for a negative sample; null: no bound"
+    )
+    rollout_correction: PositiveFloat | None = Field(
+        None, description="cap of the importance weight policy / engine on each token (truncated importance sampling); null: no weight"
+    )
     entropy_coefficient: NonNegativeFloat = Field(1e-4, description="entropy bonus over kept tokens, not scaled by lambda")
     aggregation: Literal["sequence_mean", "token_mean"] = Field(
         "sequence_mean", description="mean over tokens then samples (paper D.1), or over tokens (its code)"
@@ -119,7 +131,10 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
     )
-    head_chunk_tokens: Positive = Field(1024, description="tokens whose logits live at once in the LM head")
+    head_chunk_tokens: Positive | None = Field(
+        None,
+        description="tokens whose logits live at once in the LM head; null: as many as 32 MiB hold on a CPU, 640 on a GPU",
+    )
 
 
 class CheckpointConfig(Section):
@@ -150,6 +165,13 @@ class LoggingConfig(Section):
         "disabled", description="Weights & Biases; offline writes RUN/wandb for a later `wandb sync`"
     )
     wandb_project: str = Field("megatron_nsr", description="project in Weights & Biases")
+    sign_norms: bool = Field(
+        True,
+        description="gradient norm that each sign sends into the LM head; costs the head a fourth product if there is an entropy bonus",
+    )
+    probe_every: NonNegative = Field(
+        0, description="steps between measurements of each sign's whole gradient, two more passes over a mini-batch each; 0 never"
+    )
     samples_every: NonNegative = Field(10, description="steps between kept samples (RUN/samples); 0 keeps none")
 
 
@@ -176,6 +198,10 @@ class Config(Section):
             raise ValueError(
                 f"objective.mini_batch_prompts={objective.mini_batch_prompts} does not divide data.prompts_per_step={data.prompts_per_step}"
             )
+        if objective.dual_clip is not None and objective.form != "clipped":
+            raise ValueError(f"objective.dual_clip={objective.dual_clip} bounds the ratio of form=clipped, and form is {objective.form}")
+        if objective.rollout_correction is not None and objective.name == "supervised":
+            raise ValueError(f"objective.rollout_correction={objective.rollout_correction} needs rollouts, and name=supervised has none")
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
         if parallel.sequence and parallel.tensor == 1:

@@ -122,6 +122,7 @@ class TrainBatch:
     max_seqlen: int
     targets: torch.Tensor  # int64
     response_mask: torch.Tensor  # bool: the target is a response token of a real sample
+    response_rows: torch.Tensor  # int64 [response tokens]: where response_mask holds, ascending
     weights: torch.Tensor  # float32, signed
     scale: torch.Tensor  # float32, >= 0
     rollout_logprobs: torch.Tensor  # float32, 0 outside the response

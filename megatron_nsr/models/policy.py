@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -32,10 +32,10 @@ class PolicyModel(GPTModel):
 
     With sequence parallelism the tokens must be a multiple of parallel.tensor: append a sequence of padding, counted in cu_seqlens.
     Every stage needs `packed_seq_params`; only the first reads tokens, only the last reads labels. The last stage returns what
-    `head(hidden [tokens, hidden], weight [vocab_shard, hidden], labels)` returns, the others their hidden states.
+    `head(hidden, weight [vocab_shard, hidden], labels)` returns, the others their hidden states.
 
-    The head sees every token on every tensor-parallel rank and may leave d_hidden partial over those ranks: the backward of the
-    mapping in front of it is the reduction. `vocab_shard` counts padded rows (`padded_vocab_size`); the head masks them.
+    hidden is [tokens, hidden], with sequence parallelism this tensor-parallel rank's part of the tokens. The head gathers it and
+    returns its whole gradient. `vocab_shard` counts padded rows (`padded_vocab_size`); the head masks them.
     """
 
     def __init__(self, *args: Any, head: Head, **kwargs: Any) -> None:
@@ -51,12 +51,7 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, input_ids: Any, position_ids: Any, labels: Any, *_args: Any, **_kwargs: Any) -> Any:
         if not self.post_process:
             return hidden_states
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
-        else:
-            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        return self.head(hidden.reshape(-1, hidden.size(-1)), self.head_weight(), labels)
+        return self.head(hidden_states.reshape(-1, hidden_states.size(-1)), self.head_weight(), labels)
 
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:

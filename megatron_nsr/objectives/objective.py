@@ -1,15 +1,17 @@
 """What an objective is: it turns a step's verdicts into signed sample weights and says which samples to keep.
 
-May import: types. Pure tensor functions: no model, no process group.
+May import: types. Pure tensor functions: no model, no process group. An objective may also bring a loss of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from megatron_nsr.types import TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,21 @@ class SampleWeights:
 
     weights: Float[Tensor, "prompts samples"]
     kept: Bool[Tensor, "prompts samples"]
+
+
+@runtime_checkable
+class OwnLoss(Protocol):
+    """What an objective has beside `weigh` when its loss is none of the built-in forms, such as a ratio of whole sequences.
+
+    The head then computes logits twice, since the gradient is not known in advance. Entropy bonus and aggregation stay as configured.
+    """
+
+    def token_loss(self, logprobs: Float[Tensor, "tokens"], entropy: Float[Tensor, "tokens"], batch: TrainBatch) -> Float[Tensor, "tokens"]:
+        """The loss of each token before `batch.scale`, differentiable in log-prob and entropy, on one packed micro-batch.
+
+        Tokens outside `batch.response_mask` have log-prob 0 and count for nothing. `batch.old_logprobs` is None when on-policy.
+        """
+        ...
 
 
 class Objective(Protocol):

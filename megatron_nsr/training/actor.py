@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs
+from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.objectives.mini_batches import StepBatch
+from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.optimizer import set_learning_rate
 from megatron_nsr.training.packing import pack_micro_batches, with_old_logprobs
 from megatron_nsr.training.parallel_groups import ParallelGroups
+from megatron_nsr.training.sign_probe import compare_gradients, copy_gradients
 from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
 MicroBatches = list[TrainBatch]
+HeadWork = tuple[HeadInputs, LossTerms]  # what the model hands to its head as labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,20 @@ class PreparedStep:
     kept: TokenSums
     probed: TokenSums
     probe_weight: float  # dropped samples a measured one stands for
+    compare_signs: bool = False  # also measure each sign's whole gradient, on the first mini-batch
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostics:
+    """What is measured beside training. sign_norms: at the head's input, every update. probe_every: whole gradients; 0 never.
+
+    dropped_share: of dropped samples, on which entropy and log-prob gap are measured too.
+    """
+
+    sign_norms: bool
+    probe_every: int
+    dropped_share: float
+    seed: int
 
 
 class Actor:
@@ -48,15 +67,15 @@ class Actor:
         backend: Backend,
         groups: ParallelGroups,
         *,
-        entropy_coefficient: float,
+        terms: LossTerms,
+        own_loss: OwnLoss | None,
         tokens_per_micro_batch: int,
-        dropped_share: float,
-        seed: int,
+        diagnostics: Diagnostics,
     ) -> None:
         self.chunks = list(chunks)  # the bare model
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
-        self.entropy_coefficient, self.budget = entropy_coefficient, tokens_per_micro_batch
-        self.dropped_share, self.seed = dropped_share, seed
+        self.terms, self.own_loss = terms, own_loss
+        self.budget, self.diagnostics = tokens_per_micro_batch, diagnostics
         config = self.wrapped[0].config
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
         self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
@@ -80,6 +99,7 @@ class Actor:
             kept,
             measure(probed, outputs[len(to_score) :]),
             len(batch.dropped) / len(probe) if probe else 0.0,
+            compare_signs=self.diagnostics.probe_every > 0 and step % self.diagnostics.probe_every == 0,
         )
 
     def update(self, prepared: PreparedStep, learning_rate: float) -> dict[str, float]:
@@ -89,16 +109,18 @@ class Actor:
         """
         set_learning_rate(self.optimizer, learning_rate)
         sums, grad_norms, kept = [], [], prepared.kept
+        compared = self._compare_signs(prepared.mini_batches[0]) if prepared.compare_signs and prepared.mini_batches else {}
         for micro_batches in prepared.mini_batches:
             outputs = self._forward_backward(micro_batches)
             if micro_batches[0].old_logprobs is None:
                 kept = measure(micro_batches, outputs)
-            sums.append(measure_update(micro_batches, outputs, self.entropy_coefficient))
+            sums.append(measure_update(micro_batches, outputs, self.terms))
             grad_norms.append(self._optimizer_step())
         return {
             "policy/learning_rate": learning_rate,
             **measured_metrics(kept, prepared.probed, prepared.probe_weight, self.groups),
             **update_metrics(sums, grad_norms, self.groups),
+            **compared,
         }
 
     def measure_samples(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -108,7 +130,7 @@ class Actor:
 
     def score(self, micro_batches: MicroBatches) -> list[HeadOutputs]:
         """Forward only: log-probs and entropy of each micro-batch, on last pipeline stages; elsewhere an empty list."""
-        inputs = [HeadInputs(micro.targets) for micro in micro_batches]
+        inputs = [HeadInputs(micro.targets, rows=micro.response_rows) for micro in micro_batches]
         with torch.no_grad():
             return self._run(micro_batches, inputs, forward_only=True)
 
@@ -125,22 +147,51 @@ class Actor:
         )
 
     def _probe(self, dropped: Sequence[Trajectory], step: int) -> list[WeightedSample]:
-        count = math.ceil(self.dropped_share * len(dropped))
-        rows = np.random.default_rng((self.seed, step)).permutation(len(dropped))[:count]
+        count = math.ceil(self.diagnostics.dropped_share * len(dropped))
+        rows = np.random.default_rng((self.diagnostics.seed, step)).permutation(len(dropped))[:count]
         return [WeightedSample(dropped[row], 0.0, 0.0) for row in sorted(rows)]
 
-    def _forward_backward(self, micro_batches: MicroBatches) -> list[HeadOutputs]:
+    def _compare_signs(self, micro_batches: MicroBatches) -> dict[str, float]:
+        """Norms of the gradients of positive and of negative samples, entropy bonus excluded, and the cosine between them."""
+        terms = replace(self.terms, entropy_coefficient=0.0)
+        gradients = []
+        for sign in (1.0, -1.0):
+            one_sign = [replace(m, scale=m.scale * (m.weights * sign > 0)) for m in micro_batches]
+            self._forward_backward(one_sign, terms)
+            with self.backend.phase():
+                gradients.append(copy_gradients(self.optimizer))
+        return compare_gradients(self.optimizer, gradients[0], gradients[1])
+
+    def _forward_backward(self, micro_batches: MicroBatches, terms: LossTerms | None = None) -> list[HeadOutputs]:
+        """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
         with self.backend.phase():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        # The schedule divides by the micro-batches and the data-parallel wrapper by its ranks; our scale is the whole denominator.
-        scale = float(len(micro_batches) * self.groups.data_size)
-        inputs = [HeadInputs(m.targets, m.weights, m.scale, m.old_logprobs, scale) for m in micro_batches]
-        return self._run(micro_batches, inputs, forward_only=False)
+        count = len(micro_batches)
+        # The schedule divides the loss by the micro-batches and may scale it; the head forms its gradient before that happens.
+        loss_gradient = float(self.optimizer.get_loss_scale()) / count
+        inputs = [
+            HeadInputs(
+                micro.targets,
+                micro.weights,
+                micro.scale,
+                micro.old_logprobs,
+                rollout_logprobs=micro.rollout_logprobs,
+                rows=micro.response_rows,
+                own_loss=partial(self.own_loss.token_loss, batch=micro) if self.own_loss else None,
+                gradient_scale=float(count * self.groups.data_size),  # the data-parallel wrapper divides by its ranks
+                loss_gradient=loss_gradient,
+                sign_norms=self.diagnostics.sign_norms and terms is None,
+            )
+            for micro in micro_batches
+        ]
+        return self._run(micro_batches, inputs, terms=terms, forward_only=False)
 
-    def _run(self, micro_batches: MicroBatches, inputs: Sequence[HeadInputs], *, forward_only: bool) -> list[HeadOutputs]:
-        work = list(zip(micro_batches, inputs, strict=True))
+    def _run(
+        self, micro_batches: MicroBatches, inputs: Sequence[HeadInputs], *, terms: LossTerms | None = None, forward_only: bool
+    ) -> list[HeadOutputs]:
+        work = [(micro, (head_inputs, terms or self.terms)) for micro, head_inputs in zip(micro_batches, inputs, strict=True)]
         several = len(self.wrapped) > 1
         with self.backend.phase():
             outputs = get_forward_backward_func()(
@@ -162,9 +213,9 @@ class Actor:
         return float(grad_norm)
 
 
-def _forward_step(work: Iterator[tuple[TrainBatch, HeadInputs]], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
+def _forward_step(work: Iterator[tuple[TrainBatch, HeadWork]], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
     """What megatron-core's schedule calls for each micro-batch and chunk."""
-    batch, inputs = next(work)
+    batch, labels = next(work)
     packing = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -172,7 +223,7 @@ def _forward_step(work: Iterator[tuple[TrainBatch, HeadInputs]], model: Any) -> 
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    output = model(batch.tokens[None], batch.positions[None], None, labels=inputs, packed_seq_params=packing)
+    output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
     return output, lambda head: (head.loss, head)
 
 

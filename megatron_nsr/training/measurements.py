@@ -5,17 +5,21 @@ May import: types, losses, training.parallel_groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_nsr.losses.policy_head import HeadOutputs
+from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
 _MEASURED = ("tokens", "entropy", "logprob", "gap")
-_UPDATED = ("loss", "loss_psr", "loss_nsr", "tokens_psr", "tokens_nsr", "clipped_psr", "clipped_nsr")
+_SIGNS = ("psr", "nsr")
+_BY_SIGN = ("loss", "tokens", "clipped", "entropy", "logprob", "input_grad_sq")
+_UPDATED = ("loss", "correction", *(f"{name}_{sign}" for name in _BY_SIGN for sign in _SIGNS))
 
 
 @dataclass
@@ -51,17 +55,31 @@ def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> To
     return total
 
 
-def measure_update(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs], entropy_coefficient: float) -> TokenSums:
-    """The mini-batch's loss, split by the sign of the weight; the per-sign losses leave the entropy bonus out."""
+def measure_update(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs], terms: LossTerms) -> TokenSums:
+    """The mini-batch's loss and what the head measured with it, split by the sign of the weight.
+
+    The per-sign losses and gradient norms leave the entropy bonus out.
+    """
     total = TokenSums()
     for batch, output in zip(batches, outputs, strict=False):
-        policy_loss = (output.token_loss + entropy_coefficient * batch.scale * output.entropy).double()
+        policy_loss = output.token_loss + terms.entropy_coefficient * batch.scale * output.entropy
         total.add("loss", output.token_loss.double().sum())
-        for name, chosen in (("psr", (batch.weights > 0) & (batch.scale > 0)), ("nsr", (batch.weights < 0) & (batch.scale > 0))):
-            total.add(f"loss_{name}", policy_loss[chosen].sum())
-            total.add(f"tokens_{name}", chosen.sum())
-            total.add(f"clipped_{name}", output.clipped[chosen].sum())
+        if terms.correction_cap is not None:
+            trained = (batch.weights != 0) & (batch.scale > 0)
+            total.add("correction", _corrections(batch, output, terms.correction_cap)[trained].double().sum())
+        for sign, chosen in (("psr", (batch.weights > 0) & (batch.scale > 0)), ("nsr", (batch.weights < 0) & (batch.scale > 0))):
+            total.add(f"tokens_{sign}", chosen.sum())
+            vectors = (policy_loss, output.clipped, output.entropy, output.logprobs, output.input_grad_sq)
+            for name, vector in zip(("loss", "clipped", "entropy", "logprob", "input_grad_sq"), vectors, strict=True):
+                if vector is not None:
+                    total.add(f"{name}_{sign}", vector[chosen].double().sum())
     return total
+
+
+def _corrections(batch: TrainBatch, output: HeadOutputs, cap: float) -> torch.Tensor:
+    """The weights that the rollout correction put on the tokens."""
+    old = output.logprobs if batch.old_logprobs is None else batch.old_logprobs
+    return (old - batch.rollout_logprobs).exp().clamp(max=cap)
 
 
 def measured_metrics(kept: TokenSums, probed: TokenSums, probe_weight: float, groups: ParallelGroups) -> dict[str, float]:
@@ -79,7 +97,7 @@ def measured_metrics(kept: TokenSums, probed: TokenSums, probe_weight: float, gr
 
 
 def update_metrics(updates: Sequence[TokenSums], grad_norms: Sequence[float], groups: ParallelGroups) -> dict[str, float]:
-    """Means over the step's optimizer updates; clip fractions over its tokens."""
+    """Losses and gradient norms as means over the step's optimizer updates; the rest as means over its tokens."""
     metrics = {"policy/updates": float(len(updates))}
     if not updates:
         return metrics
@@ -87,8 +105,25 @@ def update_metrics(updates: Sequence[TokenSums], grad_norms: Sequence[float], gr
     metrics["policy/grad_norm"] = sum(grad_norms) / len(grad_norms)
     for name in ("loss", "loss_psr", "loss_nsr"):
         metrics[f"policy/{name}"] = sum(sums[name] for sums in reduced) / len(reduced)
-    for sign in ("psr", "nsr"):
-        tokens = sum(sums[f"tokens_{sign}"] for sums in reduced)
-        if tokens:
-            metrics[f"policy/clip_fraction_{sign}"] = sum(sums[f"clipped_{sign}"] for sums in reduced) / tokens
+    for sign in _SIGNS:
+        metrics |= _sign_metrics(reduced, sign)
+    tokens = sum(sums[f"tokens_{sign}"] for sums in reduced for sign in _SIGNS)
+    if tokens and any(sums["correction"] for sums in reduced):
+        metrics["rollout/correction_mean"] = sum(sums["correction"] for sums in reduced) / tokens
+    return metrics
+
+
+def _sign_metrics(reduced: Sequence[dict[str, float]], sign: str) -> dict[str, float]:
+    """What the tokens of one sign have; nothing where there are none."""
+    total = {name: sum(sums[f"{name}_{sign}"] for sums in reduced) for name in _BY_SIGN}
+    if not total["tokens"]:
+        return {}
+    metrics = {
+        f"policy/clip_fraction_{sign}": total["clipped"] / total["tokens"],
+        f"policy/entropy_{sign}": total["entropy"] / total["tokens"],
+        f"policy/logprob_{sign}": total["logprob"] / total["tokens"],
+    }
+    if total["input_grad_sq"]:
+        norms = [math.sqrt(sums[f"input_grad_sq_{sign}"]) for sums in reduced]
+        metrics[f"policy/grad_norm_head_{sign}"] = sum(norms) / len(norms)
     return metrics

@@ -84,6 +84,7 @@ def pack(samples: Sequence[WeightedSample], token_multiple: int = 1, device: tor
     tensors = {name: torch.from_numpy(np.concatenate([*parts, tail]).astype(dtype)) for name, (parts, dtype) in per_sequence.items()}
     if padding:
         tensors["positions"][-padding:] = torch.arange(padding)
+    tensors["response_rows"] = tensors["response_mask"].nonzero()[:, 0]  # here and not on the GPU, which would have to be waited for
     tensors["cu_seqlens"] = torch.tensor([0, *np.cumsum(filled)], dtype=torch.int32)
     return TrainBatch(max_seqlen=max(filled), **{name: tensor.to(device) for name, tensor in tensors.items()})
 

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
-from megatron_nsr.config import Config
-from megatron_nsr.losses.linear_logprob import VocabularyShard
-from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs, policy_head
+from megatron_nsr.config import Config, ObjectiveConfig
+from megatron_nsr.losses.policy_head import HeadOptions, HeadOutputs, policy_head
+from megatron_nsr.losses.shard import VocabularyShard
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import initialize_parallel
 from megatron_nsr.models.policy import Head, build_policy
+from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
-from megatron_nsr.training.actor import Actor
+from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
 from megatron_nsr.training.checkpoints import is_checkpoint, load_state, read_description
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
@@ -26,10 +27,10 @@ from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_actor(config: Config, shape: ModelShape, backend: Backend, *, training: bool = True) -> Actor:
+def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss: OwnLoss | None = None, training: bool = True) -> Actor:
     """Builds the policy on this rank, with the weights that `model.path` and `model.initialization` name.
 
-    Without `training` it has neither gradient buffers nor an optimizer, and only measures.
+    own_loss: an objective that brings its own loss. Without `training` it has neither gradient buffers nor an optimizer, and only measures.
     """
     initialize_parallel(config.parallel, shape, distributed.world_size(), config.run.seed)
     groups = ParallelGroups.current(backend.device)
@@ -49,23 +50,40 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, training
         optimizer,
         backend,
         groups,
-        entropy_coefficient=config.objective.entropy_coefficient,
+        terms=loss_terms(config.objective),
+        own_loss=own_loss,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-        dropped_share=config.objective.dropped_share,
-        seed=config.run.seed,
+        diagnostics=Diagnostics(
+            sign_norms=config.logging.sign_norms and config.objective.name != "supervised",
+            probe_every=config.logging.probe_every,
+            dropped_share=config.objective.dropped_share,
+            seed=config.run.seed,
+        ),
     )
 
 
 def build_head(config: Config, shape: ModelShape, groups: ParallelGroups) -> Head:
-    """The LM head with this run's loss terms, as a function of hidden states, its weight shard and a micro-batch's inputs."""
-    objective, temperature = config.objective, training_temperature(config)
-    terms = LossTerms(objective.eps_low, objective.eps_high, objective.entropy_coefficient)
+    """The LM head as a function of hidden states, its weight shard and a micro-batch's inputs and loss terms."""
+    options = HeadOptions(training_temperature(config), config.training.head_chunk_tokens, config.model.head_fp8)
 
-    def head(hidden: torch.Tensor, weight: torch.Tensor, inputs: HeadInputs) -> HeadOutputs:
-        shard = VocabularyShard(groups.tensor_rank * len(weight), shape.vocab_size, groups.tensor_group)
-        return policy_head(hidden, weight, inputs, shard, terms, temperature=temperature, chunk=config.training.head_chunk_tokens)
+    def head(hidden: torch.Tensor, weight: torch.Tensor, work: HeadWork) -> HeadOutputs:
+        start = groups.tensor_rank * len(weight)
+        shard = VocabularyShard(start, shape.vocab_size, groups.tensor_group, config.parallel.sequence)
+        inputs, terms = work
+        return policy_head(hidden, weight, inputs, shard, terms, options)
 
     return head
+
+
+def loss_terms(objective: ObjectiveConfig) -> LossTerms:
+    return LossTerms(
+        form=objective.form,
+        eps_low=objective.eps_low,
+        eps_high=objective.eps_high,
+        dual_clip=objective.dual_clip,
+        entropy_coefficient=objective.entropy_coefficient,
+        correction_cap=objective.rollout_correction,
+    )
 
 
 def training_temperature(config: Config) -> float:

@@ -18,7 +18,7 @@ from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend, choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import initialize_parallel
-from megatron_nsr.models.policy import PolicyModel, build_policy
+from megatron_nsr.models.policy import Head, PolicyModel, build_policy
 from megatron_nsr.platform import distributed
 from megatron_nsr.weights.gathering import gather_hf_tensors
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
@@ -41,11 +41,18 @@ LAYOUTS = {
 LENGTHS = ([5, 1, 12], [9, 9], [20, 3, 3], [2, 6])  # micro-batches of unequal length; each total is a multiple of 2
 
 
-def gathered_logits(hidden: torch.Tensor, weight: torch.Tensor, _labels: Any) -> torch.Tensor:
+def gathered_logits(layout: ParallelConfig) -> Head:
     """A head that returns the logits [tokens, padded vocabulary], the same on every tensor-parallel rank."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core import tensor_parallel
 
-    return gather_from_tensor_model_parallel_region(hidden @ weight.T)
+    def head(hidden: torch.Tensor, weight: torch.Tensor, _labels: Any) -> torch.Tensor:
+        if layout.sequence:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+        return tensor_parallel.gather_from_tensor_model_parallel_region(hidden @ weight.T)
+
+    return head
 
 
 def tokens_of(lengths: Sequence[int], vocab_size: int) -> torch.Tensor:
@@ -83,7 +90,7 @@ def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, An
     """One model on one layout: the worst logit error on any rank, and whether gathering gave back what was loaded."""
     shape = read_model_shape(str(model))
     initialize_parallel(layout, shape, distributed.world_size(), seed=3)
-    chunks = build_policy(shape, layout, dtype=torch.float32, backend=backend, recompute="none", head=gathered_logits)
+    chunks = build_policy(shape, layout, dtype=torch.float32, backend=backend, recompute="none", head=gathered_logits(layout))
     with SafetensorsDirectory(str(model)) as files:
         load_hf_weights(chunks, shape, files)
         gathered = [(name, tensor.clone()) for name, tensor in gather_hf_tensors(chunks, shape, bucket_bytes=50_000)]

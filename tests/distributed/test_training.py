@@ -15,7 +15,9 @@ from tests.tiny_models import write_tiny_model
 PARALLEL = [f"{layout}/{model}" for world in LAYOUTS for layout in LAYOUTS[world] if layout != "one" for model in ("tied", "untied")]
 EVERY = ["one/tied", "one/untied", *PARALLEL]
 # Log-prob gaps are against random numbers here; they follow from the log-probs that are compared.
-COMPARED = ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/logprob", "policy/loss_psr", "policy/loss_nsr")
+COMPARED = ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/logprob", "rollout/correction_mean")
+BY_SIGN = ("policy/loss", "policy/entropy", "policy/logprob", "policy/grad_norm_head")
+PROBED = ("policy/grad_norm_psr", "policy/grad_norm_nsr", "policy/grad_cosine")  # every second step
 CLIPPED = ("policy/clip_fraction_psr", "policy/clip_fraction_nsr")
 
 
@@ -37,7 +39,9 @@ def results(out: Path) -> dict[str, Any]:
 
 
 def same(got: dict[str, float], want: dict[str, float], rel: float = 1e-4) -> None:
-    for name in COMPARED:
+    assert got.keys() == want.keys()
+    probed = [name for name in PROBED if name in want]
+    for name in (*COMPARED, *(f"{name}_{sign}" for name in BY_SIGN for sign in ("psr", "nsr")), *probed):
         assert got[name] == pytest.approx(want[name], rel=rel, abs=1e-6), name
     for name in CLIPPED:  # a token at the very edge may fall either way
         assert got[name] == pytest.approx(want[name], abs=0.03), name
@@ -63,6 +67,8 @@ def test_the_cases_exercise_what_they_claim(results: dict[str, Any], out: Path) 
     first, second = results["one/tied"]["metrics"]
     assert first["policy/updates"] == 2 and second["policy/updates"] == 1
     assert first["policy/clip_fraction_psr"] > 0 and first["policy/clip_fraction_nsr"] > 0
+    assert not set(PROBED) & first.keys() and set(PROBED) <= second.keys()
+    assert 0 < first["rollout/correction_mean"] < 1.5
     start = torch.load(out / "one" / "tied" / "weights.pt")["model.norm.weight"]
     assert results["one/tied"]["third"]["policy/loss"] != second["policy/loss"] and start.isfinite().all()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_nsr.losses.policy_head import HeadOutputs
+from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.packing import pack
@@ -98,7 +99,7 @@ def test_nothing_measured_is_no_metric() -> None:
 
 
 def update(batches: Sequence[TrainBatch], entropy_coefficient: float = 0.0) -> TokenSums:
-    return measure_update(batches, [outputs(batch) for batch in batches], entropy_coefficient)
+    return measure_update(batches, [outputs(batch) for batch in batches], LossTerms(entropy_coefficient=entropy_coefficient))
 
 
 def test_an_update_s_loss_is_split_by_the_sign_of_the_weight() -> None:
