@@ -1,0 +1,140 @@
+"""The update as a user's settings ask for it: an objective's own loss, other forms of the loss, whole gradients by sign."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_nsr.config import parse_config
+from megatron_nsr.models.backends import choose_backend
+from megatron_nsr.models.hf_config import read_model_shape
+from megatron_nsr.objectives.mini_batches import StepBatch
+from megatron_nsr.objectives.objective import OwnLoss, SampleWeights
+from megatron_nsr.platform import distributed
+from megatron_nsr.training.actor import Actor
+from megatron_nsr.training.setup import build_actor
+from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
+from tests.tiny_models import write_tiny_model
+
+VOCAB = 40
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    write_tiny_model(path, "qwen3", tied=request.param, layers=1)
+    return path
+
+
+def actor_of(model: Path, own_loss: OwnLoss | None = None, logging: dict[str, Any] | None = None, **objective: Any) -> Actor:
+    config = parse_config(
+        {
+            "run": {"dir": "unused", "steps": 1},
+            "model": {"path": str(model), "dtype": "float32"},
+            "data": {"template": "plain", "prompts_per_step": 1},
+            "objective": {"name": "reinforce", "mini_batch_prompts": 1, "entropy_coefficient": 0.01} | objective,
+            "training": {"tokens_per_micro_batch": 24},
+            "logging": logging or {},
+        }
+    )
+    distributed.init_process_group()
+    return build_actor(config, read_model_shape(str(model)), choose_backend("cpu"), own_loss=own_loss)
+
+
+def sample(seed: int, weight: float) -> WeightedSample:
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, VOCAB, int(draw.integers(2, 9))).astype(np.int32)
+    logprobs = -draw.random(len(ids)).astype(np.float32) - 3
+    return WeightedSample(Trajectory(0, seed, (1, 2, 3), ids, logprobs, "stop", 0), weight, 0.05)
+
+
+SAMPLES = [sample(seed, weight) for seed, weight in enumerate((1.0, -1.0, -1.0, 1.0, -1.0, 0.1, -1.0, 1.0))]
+
+
+def steps(actor: Actor, *mini_batches: list[WeightedSample], step: int = 1) -> dict[str, float]:
+    return actor.update(actor.prepare(StepBatch(tuple(tuple(samples) for samples in mini_batches), ()), step), 1e-2)
+
+
+def weights(actor: Actor) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in actor.chunks[0].named_parameters()}
+
+
+class ClippedByHand:
+    """The built-in loss, as a user would write it."""
+
+    def weigh(self, rewards: torch.Tensor, judged: torch.Tensor) -> SampleWeights:
+        return SampleWeights(rewards, judged)
+
+    def token_loss(self, logprobs: torch.Tensor, entropy: torch.Tensor, batch: TrainBatch) -> torch.Tensor:
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        ratio = (logprobs - old).exp()
+        return -torch.minimum(ratio * batch.weights, ratio.clamp(0.8, 1.2) * batch.weights)
+
+
+def test_an_own_loss_that_says_the_same_trains_the_same(model: Path) -> None:
+    """One form computes its gradient in the forward pass, the other recomputes the logits; the entropy bonus stays in both."""
+    metrics, trained = [], []
+    for own in (None, ClippedByHand()):
+        actor = actor_of(model, own)
+        metrics.append(steps(actor, SAMPLES[:4], SAMPLES[4:]))
+        trained.append(weights(actor))
+    for name in ("policy/loss", "policy/loss_psr", "policy/loss_nsr", "policy/grad_norm", "policy/entropy", "policy/logprob_nsr"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5), name
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert "policy/grad_norm_head_nsr" in metrics[0] and "policy/grad_norm_head_nsr" not in metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"form": "reinforce"}, lambda logprob, weight: -weight * logprob),
+        ({"form": "probability"}, lambda logprob, weight: -weight * math.exp(logprob)),
+        ({"form": "clipped"}, lambda logprob, weight: -weight),
+    ],
+)
+def test_the_configured_form_is_the_loss_that_is_trained(model: Path, objective: dict[str, Any], expected: Any) -> None:
+    actor = actor_of(model, entropy_coefficient=0.0, **objective)
+    one = WeightedSample(Trajectory(0, 0, (1, 2), np.array([7], np.int32), np.zeros(1, np.float32), "stop", 0), -0.5, 0.25)
+    metrics = steps(actor, [one])
+    assert metrics["policy/loss"] == pytest.approx(0.25 * expected(metrics["policy/logprob"], -0.5), rel=1e-5)
+    assert metrics["policy/loss_nsr"] == metrics["policy/loss"] and metrics["policy/grad_norm"] > 0
+
+
+def test_a_rollout_correction_weighs_tokens_by_policy_over_engine_up_to_the_cap(model: Path) -> None:
+    plain = steps(actor_of(model, entropy_coefficient=0.0), SAMPLES)
+    far = steps(actor_of(model, entropy_coefficient=0.0, rollout_correction=1e-3), SAMPLES)
+    assert "rollout/correction_mean" not in plain
+    assert far["rollout/correction_mean"] == pytest.approx(1e-3, rel=1e-3)  # every token beyond so low a cap
+    assert far["policy/loss"] == pytest.approx(1e-3 * plain["policy/loss"], rel=1e-3)
+    assert far["policy/grad_norm"] == pytest.approx(1e-3 * plain["policy/grad_norm"], rel=1e-3)
+
+
+def test_the_whole_gradients_of_the_signs_are_those_of_training_on_one_sign_alone(model: Path) -> None:
+    probed = steps(actor_of(model, logging={"probe_every": 1}), SAMPLES)
+    alone = {}
+    for sign, name in ((1.0, "psr"), (-1.0, "nsr")):
+        chosen = [s for s in SAMPLES if s.weight * sign > 0]
+        alone[name] = steps(actor_of(model, entropy_coefficient=0.0), chosen)["policy/grad_norm"]
+    both = steps(actor_of(model, entropy_coefficient=0.0), SAMPLES)["policy/grad_norm"]
+    psr, nsr = probed["policy/grad_norm_psr"], probed["policy/grad_norm_nsr"]
+    assert (psr, nsr) == (pytest.approx(alone["psr"], rel=1e-4), pytest.approx(alone["nsr"], rel=1e-4))
+    assert psr**2 + nsr**2 + 2 * psr * nsr * probed["policy/grad_cosine"] == pytest.approx(both**2, rel=1e-4)
+
+
+def test_measuring_the_signs_changes_nothing_else(model: Path) -> None:
+    quiet, loud = (steps(actor_of(model, logging=logging), SAMPLES) for logging in ({"sign_norms": False}, {"probe_every": 2}))
+    assert quiet == {name: value for name, value in loud.items() if "grad_norm_head" not in name}
+    probed = steps(actor_of(model, logging={"probe_every": 2}), SAMPLES, step=2)
+    assert {name: probed[name] for name in loud} == loud
+
+
+def test_one_sign_has_a_norm_and_no_cosine(model: Path) -> None:
+    metrics = steps(actor_of(model, logging={"probe_every": 1}), [s for s in SAMPLES if s.weight < 0])
+    assert metrics["policy/grad_norm_nsr"] > 0
+    assert not {"policy/grad_norm_psr", "policy/grad_cosine", "policy/grad_norm_head_psr", "policy/entropy_psr"} & metrics.keys()
