@@ -36,7 +36,7 @@ class HeadWeight:
             values, scale = self._fp8
             states, states_scale = _to_fp8(hidden)
             product = torch._scaled_mm(states, values.t(), scale_a=states_scale, scale_b=scale, out_dtype=torch.float32)
-            return product[:, : len(self.rows)]
+            return product[:, : len(self.rows)].to(accumulation_dtype(hidden))
         if self.upcast or hidden.dtype in (torch.float32, torch.float64):
             return hidden.to(self._weight.dtype) @ self._weight.t()
         return torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)

@@ -3,128 +3,232 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_nsr.losses.linear_logprob import VocabularyShard
 from megatron_nsr.losses.policy_head import HeadInputs, policy_head
 from megatron_nsr.losses.reference import reference_loss
-from megatron_nsr.losses.terms import LossTerms, clipped_policy_loss
-
-
-def random_case(seed: int, tokens: int, vocab: int, hidden: int = 8, dtype: torch.dtype = torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(tokens, hidden, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, hidden, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocab, (tokens,), generator=generator)
-    weights = torch.randn(tokens, generator=generator).double()
-    scale = torch.rand(tokens, generator=generator).double() * (torch.rand(tokens, generator=generator) > 0.3)
-    logprobs = torch.log_softmax((states @ weight.t()).double(), -1).gather(1, targets[:, None])[:, 0].detach()
-    old = logprobs + 0.3 * torch.randn(tokens, generator=generator)
-    return states, weight, HeadInputs(targets, weights, scale, old, gradient_scale=1.7)
-
-
-def gradients(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    return [gradient.double() for gradient in torch.autograd.grad(loss, inputs)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    tokens=st.integers(1, 20),
-    vocab=st.integers(2, 37),
-    chunk=st.integers(1, 9),
-    entropy=st.sampled_from([0.0, 0.05]),
-    temperature=st.sampled_from([1.0, 0.6, 1.3]),
-    on_policy=st.booleans(),
+from megatron_nsr.losses.shard import VocabularyShard
+from megatron_nsr.losses.terms import LossTerms
+from tests.unit.losses.cases import (
+    ALL_TERMS,
+    Case,
+    cases,
+    gradients,
+    head_gradients,
+    leaf,
+    loss_terms,
+    random_case,
+    reference_gradients,
+    relative_error,
 )
-def test_loss_and_gradients_equal_the_reference(seed, tokens, vocab, chunk, entropy, temperature, on_policy) -> None:
-    states, weight, inputs = random_case(seed, tokens, vocab)
-    if on_policy:
-        inputs = HeadInputs(inputs.targets, inputs.weights, inputs.scale, None, inputs.gradient_scale)
-    terms = LossTerms(0.2, 0.28, entropy)
-    output = policy_head(states, weight, inputs, VocabularyShard(0, vocab), terms, temperature=temperature, chunk=chunk)
-    expected = reference_loss(states, weight, inputs, terms, temperature)
-    assert output.loss.item() == pytest.approx(expected["loss"].item(), rel=1e-12, abs=1e-12)
-    torch.testing.assert_close(output.logprobs, expected["logprobs"].detach(), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(output.entropy, expected["entropy"].detach(), rtol=1e-10, atol=1e-10)
-    for got, want in zip(gradients(output.loss, states, weight), gradients(expected["loss"], states, weight), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-def test_without_weights_it_only_measures() -> None:
-    states, weight, inputs = random_case(1, 6, 11)
-    output = policy_head(states, weight, HeadInputs(inputs.targets), VocabularyShard(0, 11), LossTerms())
-    assert not output.loss.requires_grad and not output.logprobs.requires_grad
-    assert output.loss.item() == 0.0
-    assert bool((output.entropy > 0).all())
+@settings(max_examples=200, deadline=None)
+@given(case=cases(), terms=loss_terms(), chunk=st.integers(1, 9))
+def test_loss_and_gradients_equal_the_reference(case: Case, terms: LossTerms, chunk: int) -> None:
+    output = case.run(terms, chunk=chunk)
+    expected = reference_loss(case.hidden, case.weight, case.inputs, terms, case.temperature)
+    looked_at = torch.ones(len(output.logprobs), dtype=torch.bool) if case.inputs.rows is None else case.inputs.scale > 0
+    torch.testing.assert_close(output.loss.detach(), expected["loss"].detach(), rtol=1e-11, atol=1e-11)
+    for name, got in {"logprobs": output.logprobs, "entropy": output.entropy, "losses": output.token_loss}.items():
+        want = torch.where(looked_at, expected[name].detach(), torch.zeros(()).double())
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    for got, want in zip(gradients(output.loss, case), gradients(expected["loss"], case), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
-def test_padded_vocabulary_rows_have_no_probability_and_no_gradient() -> None:
-    states, weight, inputs = random_case(2, 7, 10)
-    padded = torch.cat([weight.detach(), torch.full((3, 8), 50.0, dtype=torch.float64)]).requires_grad_()
-    terms = LossTerms(entropy_coefficient=0.01)
-    plain = policy_head(states, weight, inputs, VocabularyShard(0, 10), terms)
-    output = policy_head(states, padded, inputs, VocabularyShard(0, 10), terms)
-    torch.testing.assert_close(output.logprobs, plain.logprobs)
-    (gradient,) = torch.autograd.grad(output.loss, padded)
-    assert gradient[10:].abs().max() == 0
-
-
-def test_bf16_log_probs_are_not_rounded_to_bf16() -> None:
-    states, weight, inputs = random_case(3, 64, 33, dtype=torch.bfloat16)
-    output = policy_head(states, weight, HeadInputs(inputs.targets), VocabularyShard(0, 33), LossTerms())
-    exact = torch.log_softmax(states.double() @ weight.double().t(), -1).gather(1, inputs.targets[:, None])[:, 0]
-    assert (output.logprobs.double() - exact).abs().max() < 1e-4  # bf16 logits of this size would err by about 0.05
-
-
-def test_a_common_offset_of_the_logits_costs_no_precision() -> None:
-    states = torch.cat([torch.randn(5, 4), torch.ones(5, 1)], 1)
-    weight = torch.cat([torch.randn(9, 4), torch.full((9, 1), 5000.0)], 1)
-    targets = torch.arange(5)
-    output = policy_head(states, weight, HeadInputs(targets), VocabularyShard(0, 9), LossTerms())
-    exact = torch.log_softmax(states.double() @ weight.double().t(), -1)
-    tolerance = 4 * 5000 * torch.finfo(torch.float32).eps  # a few ulp of the largest logit
-    assert (output.logprobs - exact.gather(1, targets[:, None])[:, 0]).abs().max() < tolerance
-    assert (output.entropy - -(exact.exp() * exact).sum(-1)).abs().max() < tolerance
-
-
-@pytest.mark.parametrize(
-    ("weight", "ratio", "flows"),
-    [(1.0, 1.1, True), (1.0, 1.3, False), (1.0, 0.5, True), (-1.0, 0.9, True), (-1.0, 0.7, False), (-1.0, 2.0, True)],
-)
-def test_each_sign_is_stopped_by_its_own_bound_alone(weight: float, ratio: float, flows: bool) -> None:
-    logprob = torch.tensor([-1.0 + math.log(ratio)], dtype=torch.float64, requires_grad=True)
-    loss, clipped = clipped_policy_loss(logprob, torch.tensor([-1.0]), torch.tensor([weight]), LossTerms(0.2, 0.2))
-    (gradient,) = torch.autograd.grad(loss.sum(), logprob)
-    assert gradient.item() == pytest.approx(-weight * ratio if flows else 0.0, rel=1e-6)
-    assert clipped.item() is (not flows)
-
-
-def test_a_negative_weights_loss_stays_finite_however_likely_the_token_became() -> None:
-    logprob = torch.tensor([-1.0], requires_grad=True)
-    loss, clipped = clipped_policy_loss(logprob, torch.tensor([-200.0]), torch.tensor([-1.0]), LossTerms())
-    (gradient,) = torch.autograd.grad(loss.sum(), logprob)
-    assert loss.item() == pytest.approx(math.exp(20.0)) and gradient.item() == 0 and not clipped.item()
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), terms=loss_terms(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_fp32_and_bf16_inputs_give_the_gradient_of_their_values(seed: int, terms: LossTerms, dtype: torch.dtype) -> None:
+    terms = replace(terms, eps_low=0.9, eps_high=9.0, dual_clip=None)  # rounding may not move a token over a bound
+    case = random_case(seed, dtype=dtype)
+    assert case.run(terms).logprobs.dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8  # the gradient itself is rounded to the inputs' dtype
+    for got, want in zip(head_gradients(case, terms), reference_gradients(case, terms), strict=True):
+        assert relative_error(got, want) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_of_psr_and_nsr_add_up_to_reinforce(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_gradients_of_psr_and_nsr_add_up_to_reinforce(dtype: torch.dtype, coefficient: float) -> None:
     """g_PSR + g_NSR = g_REINFORCE at equal parameters, clipping included and entropy counted once."""
-    states, weight, inputs = random_case(5, 40, 23)
-    states, weight = states.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_()
-    signs, scale = inputs.weights.sign(), inputs.scale
-    shard = VocabularyShard(0, 23)
+    case = random_case(5, tokens=40, vocab=23, dtype=dtype)
+    signs, scale, terms = case.inputs.weights.sign(), case.inputs.scale, LossTerms(entropy_coefficient=coefficient)
 
-    def gradient(weights: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
-        chosen = HeadInputs(inputs.targets, weights.to(dtype), (scale * kept).to(dtype), inputs.old_logprobs.to(dtype))
-        return gradients(policy_head(states, weight, chosen, shard, LossTerms(0.2, 0.2, 0.01)).loss, states, weight)
+    def gradient(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return head_gradients(case.with_inputs(weights=signs * kept, scale=scale * kept), terms)
 
-    positive, negative = signs.clamp(min=0), signs.clamp(max=0)
-    parts = zip(gradient(positive, signs > 0), gradient(negative, signs < 0), strict=True)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for (psr, nsr), whole in zip(parts, gradient(signs, signs != 0), strict=True):
-        assert (psr + nsr - whole).norm() <= tolerance * whole.norm()
+    clipped = case.with_inputs(weights=signs).run(terms).clipped
+    assert (clipped & (signs > 0)).any() and (clipped & (signs < 0)).any() and not clipped.all()
+    for psr, nsr, whole in zip(gradient(signs > 0), gradient(signs < 0), gradient(signs != 0), strict=True):
+        assert (psr + nsr - whole).norm() <= TOLERANCES[dtype] * whole.norm()
+
+
+def test_all_weights_zero_leave_the_regularizers_only() -> None:
+    case = random_case(1, weights=torch.zeros(23).double())
+    output = case.run(LossTerms())
+    assert output.loss.item() == 0.0 and not output.clipped.any()
+    assert all(bool((gradient == 0).all()) for gradient in gradients(output.loss, case))
+    for got, want in zip(head_gradients(case, ALL_TERMS), reference_gradients(case, ALL_TERMS), strict=True):
+        assert relative_error(got, want) < 1e-12 and bool((want != 0).any())
+
+
+def test_clip_flags_mark_the_tokens_without_a_gradient() -> None:
+    case = random_case(2, scale=torch.ones(23).double())
+    output = case.run(LossTerms())
+    d_hidden, _ = gradients(output.loss, case)
+    assert 0 < output.clipped.sum() < 23
+    assert torch.equal(output.clipped, (d_hidden == 0).all(-1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases(response_rows=False), terms=loss_terms(), chunk=st.integers(1, 9), own=st.booleans())
+def test_rows_equal_masking_by_scale_with_zeros_elsewhere(case: Case, terms: LossTerms, chunk: int, own: bool) -> None:
+    if own:
+        case = case.with_inputs(own_loss=lambda logprobs, entropy: -logprobs.exp() - 0.1 * entropy.square())
+    masked, kept = case.run(terms, chunk=chunk), case.inputs.scale > 0
+    selected = case.with_inputs(rows=kept.nonzero()[:, 0]).run(terms, chunk=chunk)
+    torch.testing.assert_close(selected.loss, masked.loss, rtol=1e-12, atol=1e-12)
+    for name in ("logprobs", "entropy", "token_loss"):
+        torch.testing.assert_close(getattr(selected, name), getattr(masked, name) * kept, rtol=1e-11, atol=1e-12, msg=name)
+    assert torch.equal(selected.clipped, masked.clipped)
+    for got, want in zip(gradients(selected.loss, case), gradients(masked.loss, case), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    assert bool((gradients(case.run(terms).loss, case)[0][~kept] == 0).all())
+
+
+@pytest.mark.parametrize("own_loss", [None, lambda logprobs, entropy: -logprobs])
+def test_no_rows_at_all_are_a_loss_of_zero_with_zero_gradients(own_loss) -> None:
+    case = random_case(3, rows=torch.zeros(0, dtype=torch.int64), own_loss=own_loss)
+    output = case.run(ALL_TERMS)
+    assert output.loss.item() == 0.0 and not output.logprobs.any() and not output.token_loss.any()
+    assert all(not gradient.any() for gradient in gradients(output.loss, case))
+
+
+def test_without_weights_it_only_measures() -> None:
+    case = random_case(1)
+    trained = case.run(LossTerms())
+    case.weight.main_grad = torch.zeros_like(case.weight)
+    output = case.with_inputs(weights=None, scale=None).run(LossTerms())
+    assert not output.loss.requires_grad and not output.logprobs.requires_grad
+    assert output.loss.item() == 0.0 and not output.token_loss.any() and output.input_grad_sq is None
+    torch.testing.assert_close(output.logprobs, trained.logprobs, rtol=0, atol=0)
+    torch.testing.assert_close(output.entropy, trained.entropy, rtol=0, atol=0)
+    assert not case.weight.main_grad.any()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_unmeasured_entropy_is_zero_and_changes_nothing_else(trains: bool) -> None:
+    case = random_case(4) if trains else random_case(4, weights=None, scale=None)
+    measured, output = case.run(LossTerms()), case.with_inputs(measure_entropy=False).run(LossTerms())
+    assert measured.entropy.all() and not output.entropy.any()
+    assert torch.equal(output.logprobs, measured.logprobs) and torch.equal(output.token_loss, measured.token_loss)
+
+
+def test_an_entropy_bonus_measures_entropy_whether_asked_or_not() -> None:
+    case = random_case(4)
+    asked, output = case.run(ALL_TERMS), case.with_inputs(measure_entropy=False).run(ALL_TERMS)
+    assert torch.equal(output.entropy, asked.entropy) and torch.equal(output.loss, asked.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_same_input_gives_the_same_bits(dtype: torch.dtype) -> None:
+    case = random_case(6, tokens=70, vocab=301, dtype=dtype, sign_norms=True)
+    runs = []
+    for _ in range(2):
+        output = case.run(ALL_TERMS, chunk=16)
+        runs.append([*output.astuple(), *gradients(output.loss, case)])
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_padded_vocabulary_rows_have_no_probability_and_no_gradient() -> None:
+    case = random_case(2, vocab=10)
+    padded = leaf(torch.cat([case.weight, torch.full((3, 8), 50.0, dtype=torch.float64)]))
+    plain = case.run(ALL_TERMS)
+    output = policy_head(case.hidden, padded, case.inputs, VocabularyShard(0, 10), ALL_TERMS)
+    torch.testing.assert_close(output.logprobs, plain.logprobs)
+    (gradient,) = torch.autograd.grad(output.loss, padded)
+    torch.testing.assert_close(gradient[:10], gradients(plain.loss, case)[1])
+    assert not gradient[10:].any()
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_the_whole() -> None:
+    case = random_case(7, tokens=20)
+    whole = head_gradients(case, ALL_TERMS)
+    fields = ("targets", "weights", "scale", "old_logprobs", "reference_logprobs", "rollout_logprobs")
+    for rows in (slice(0, 3), slice(3, 20)):
+        parts = {name: getattr(case.inputs, name)[rows] for name in fields}
+        part = Case(case.hidden[rows], case.weight, HeadInputs(**parts))
+        part.run(ALL_TERMS).loss.backward()
+    torch.testing.assert_close((case.hidden.grad, case.weight.grad), whole, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("own_loss", [None, lambda logprobs, entropy: -logprobs])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_the_other_sides_gradient_is_the_same_beside_a_frozen_one(frozen: str, own_loss) -> None:
+    case = random_case(8, own_loss=own_loss)
+    whole = dict(zip(("hidden", "weight"), gradients(case.run(ALL_TERMS).loss, case), strict=True))
+    half = replace(case, **{frozen: getattr(case, frozen).detach()})
+    half.run(ALL_TERMS).loss.backward()
+    trained = "weight" if frozen == "hidden" else "hidden"
+    torch.testing.assert_close(getattr(half, trained).grad, whole[trained], rtol=0, atol=0)
+    assert getattr(half, frozen).grad is None
+
+
+def test_hidden_states_may_feed_a_value_head_too() -> None:
+    case, values = random_case(9), leaf(torch.randn(8, 1, generator=torch.Generator().manual_seed(1)).double())
+    returns = torch.linspace(-1, 1, 23).double()
+
+    def total(policy_loss: torch.Tensor) -> torch.Tensor:
+        return policy_loss + 0.5 * ((case.hidden @ values)[:, 0] - returns).square().mean()
+
+    got, want = total(case.run(ALL_TERMS).loss), total(reference_loss(case.hidden, case.weight, case.inputs, ALL_TERMS)["loss"])
+    inputs = (case.hidden, case.weight, values)
+    for a, b in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("expected", "brought"), [(1.0, 0.5), (0.25, 1.0), (1.0, 0.0), (1.0, math.nan)])
+def test_a_backward_pass_with_another_gradient_is_an_error(expected: float, brought: float) -> None:
+    case = random_case(10, loss_gradient=expected)
+    loss = case.run(LossTerms()).loss
+    with pytest.raises(RuntimeError, match=rf"not loss_gradient={expected}, with which the policy head formed"):
+        (loss * brought).backward()
+
+
+def test_loss_gradient_may_differ_by_rounding() -> None:
+    case = random_case(10, dtype=torch.float32, loss_gradient=65536 / 3)
+    (case.run(LossTerms()).loss / 3 * 65536).backward()
+    assert bool(case.weight.grad.any())
+
+
+def test_a_second_backward_pass_is_an_error() -> None:
+    loss = random_case(11).run(LossTerms()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be taken once only"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("terms", "missing", "message"),
+    [
+        (LossTerms(kl_coefficient=0.25), "reference_logprobs", r"kl_coefficient=0\.25 needs reference_logprobs"),
+        (LossTerms(correction_cap=2.0), "rollout_logprobs", r"correction_cap=2\.0 needs rollout_logprobs"),
+    ],
+)
+def test_a_term_without_its_tensor_is_named(terms: LossTerms, missing: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_case(12, **{missing: None}).run(terms)
+
+
+@pytest.mark.parametrize("missing", ["weights", "scale"])
+def test_weights_and_scale_come_together(missing: str) -> None:
+    with pytest.raises(ValueError, match="give weights and scale together"):
+        random_case(12, **{missing: None})
