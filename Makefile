@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format quickstart quickstart-base clean
+.PHONY: help install test lint format quickstart quickstart-base bench-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,7 @@ TAG_PROGRAM := import sys; print("py%d%d" % sys.version_info[:2])
 TAG := $(shell $(PYTHON) -c '$(TAG_PROGRAM)' 2>/dev/null)
 INSTALLED := $(VENV)/.installed-$(TAG)
 TEST_INSTALLED := $(VENV)/.test-installed-$(TAG)
+PEERS := $(VENV)/bench-peers
 LOCKS := requirements/cpu-torch.lock $(wildcard requirements/cpu-$(TAG).lock)
 
 # Debian's Python has venv without ensurepip unless python3-venv is installed; its own pip can fill such an environment.
@@ -71,6 +72,16 @@ quickstart: $(INSTALLED) ## pre-train a tiny model, train it with PSR, NSR and W
 
 quickstart-base: $(INSTALLED) ## only pre-train the quickstart's base model
 	$(BIN)/python -m examples.quickstart --only base
+
+bench-deps: $(PEERS)/.installed-$(TAG) ## the other fused heads that tools/benchmarks/fused_head.py compares with
+
+# A folder of their own: their declared requirements contradict our pins, and verl brings a package named `tests`.
+$(PEERS)/.installed-$(TAG): $(INSTALLED) $(wildcard requirements/bench-$(TAG).lock) requirements/bench-cuda.lock
+	@rm -rf $(PEERS)
+	@echo "Installing the benchmark's peers ..."
+	@$(PIP) --no-deps --target $(PEERS) -r requirements/bench-$(TAG).lock
+	@if command -v nvidia-smi >/dev/null; then $(PIP) --no-deps --target $(PEERS) -r requirements/bench-cuda.lock; fi
+	@touch $@
 
 clean: ## remove .venv, caches and build output (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -73,6 +73,16 @@ def test_a_lock_file_holds_every_pin(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
+def test_the_benchmark_s_peers_are_pinned_and_replace_nothing(tag: str) -> None:
+    peers, cuda = lock(f"bench-{tag}.lock"), lock("bench-cuda.lock")
+    assert peers == by_name(VERSIONS["bench"]["pins"])
+    assert {name: cuda.get(name) for name in VERSIONS["bench"]["cuda"]} == VERSIONS["bench"]["cuda"]
+    installed = lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock") | lock(f"test-{tag}.lock") | by_name(VERSIONS["cuda"]["pins"])
+    assert not (peers.keys() | cuda.keys()) & installed.keys()
+    assert not peers.keys() & cuda.keys()
+
+
+@pytest.mark.parametrize("tag", TAGS)
 def test_a_lock_file_leaves_out_what_breaks_vllm_on_a_cpu(tag: str) -> None:
     assert not lock(f"cpu-{tag}.lock").keys() & set(doctor.CUDA_LINKED)
 
