@@ -31,6 +31,8 @@ COMPARED = (
     "policy/grad_norm",
     "policy/entropy",
     "policy/logprob",
+    "policy/logprob_nsr",
+    "policy/grad_norm_head_nsr",
     "policy/kept_ratio",
     "policy/updates",
 )
@@ -61,11 +63,24 @@ def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -
     check_complete(undisturbed(1), 10)
 
 
-def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path]) -> None:
-    logged = {name for run in (small.base, undisturbed(1)) for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}
+def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+    both_signs = ("objective.name=w_reinforce", "objective.rollout_correction=2.0", "logging.probe_every=1", "run.steps=1")
+    finished(start(small.nsr(tmp_path / "run", *both_signs), tmp_path / "log"), 0)
+    runs = (small.base, undisturbed(1), tmp_path / "run")
+    logged = {name for run in runs for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}
     assert not [name for name in logged if metric_meaning(name) is None]
-    # The second has no value in an NSR run: it trains no correct response.
-    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>", "policy/clip_fraction_psr"}
+    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>"}
+    (step,) = values(tmp_path / "run")
+    assert step["rollout/correction_mean"] == pytest.approx(1.0, abs=1e-4)  # the engine holds the policy's weights
+    assert step["policy/grad_norm_head_psr"] < step["policy/grad_norm_head_nsr"]  # lambda is 0.1
+
+
+def test_an_objective_s_own_loss_trains_at_a_parallel_layout(small: Small, tmp_path: Path) -> None:
+    ranks, overrides = LAYOUTS["tensor"]
+    name = "objective.name=examples.own_objective:SequenceRatio"
+    finished(start(small.nsr(tmp_path / "run", name, "run.steps=2", *overrides), tmp_path / "log", ranks=ranks), 0)
+    check_complete(tmp_path / "run", 2)
+    assert all(step["policy/updates"] == 2 and step["policy/grad_norm"] > 0 for step in values(tmp_path / "run"))
 
 
 def test_data_parallel_ranks_train_as_one_process_does(undisturbed: Callable[[int], Path]) -> None:

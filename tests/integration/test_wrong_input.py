@@ -58,6 +58,16 @@ OVERRIDES = {
     "missing model": (["model.path=nowhere"], "model.path=nowhere: no such directory; give a Hugging Face model's directory"),
     "unknown objective": (["objective.name=nrs"], "objective.name='nrs': choose one of psr, nsr"),
     "objective nowhere": (["objective.name=nowhere:Mine"], "objective.name='nowhere:Mine': cannot import nowhere"),
+    "a clip for an own loss": (
+        ["objective.name=examples.own_objective:SequenceRatio", "objective.dual_clip=3.0"],
+        "objective.dual_clip=3.0: objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
+    ),
+    "a dual clip without a ratio": (["objective.form=reinforce", "objective.dual_clip=3.0"], "objective.dual_clip=3.0 bounds the ratio of"),
+    "correction without rollouts": (
+        ["objective.name=supervised", "objective.rollout_correction=2.0"],
+        "objective.rollout_correction=2.0 needs rollouts, and name=supervised has none",
+    ),
+    "a dual clip below one": (["objective.dual_clip=0.5"], "objective.dual_clip=0.5: input should be greater than 1"),
     "grader nowhere": (["reward.grader=nowhere:Mine"], "reward.grader='nowhere:Mine': cannot import nowhere"),
     "no such grader": (["reward.grader=tests.integration.graders:Mine"], "module tests.integration.graders has no Mine"),
     "layout and one process": (["parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 does not divide the 1 process"),
