@@ -204,8 +204,12 @@ def test_a_backward_pass_with_another_gradient_is_an_error(expected: float, brou
 
 
 def test_loss_gradient_may_differ_by_rounding() -> None:
-    case = random_case(10, dtype=torch.float32, loss_gradient=65536 / 3)
-    (case.run(LossTerms()).loss / 3 * 65536).backward()
+    case = random_case(10, dtype=torch.float32, loss_gradient=1000 / 147)
+    loss = case.run(LossTerms()).loss
+    brought: list[torch.Tensor] = []
+    loss.register_hook(brought.append)
+    (loss / 49 / 3 * 1000).backward()
+    assert brought[0] != 1000 / 147 and brought[0].item() == pytest.approx(1000 / 147)
     assert bool(case.weight.grad.any())
 
 
