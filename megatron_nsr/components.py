@@ -175,8 +175,10 @@ def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[Prompt
 def _check_own_loss(objective: Objective, config: Config) -> None:
     """Raises UserError where an objective with a loss of its own is given settings of the built-in ones: they would do nothing."""
     if isinstance(objective, OwnLoss):
-        for name, off in (("form", "clipped"), ("dual_clip", None), ("rollout_correction", None)):
-            if (value := getattr(config.objective, name)) != off:
+        given = config.objective.model_fields_set
+        for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction"):
+            field = type(config.objective).model_fields[name]
+            if name in given and (value := getattr(config.objective, name)) != field.default:
                 raise UserError(f"objective.{name}={value!r}: objective.name={config.objective.name!r} brings its own token_loss")
 
 

@@ -165,9 +165,10 @@ class LoggingConfig(Section):
         "disabled", description="Weights & Biases; offline writes RUN/wandb for a later `wandb sync`"
     )
     wandb_project: str = Field("megatron_nsr", description="project in Weights & Biases")
-    sign_norms: bool = Field(
-        True,
-        description="gradient norm that each sign sends into the LM head; costs the head a fourth product if there is an entropy bonus",
+    sign_norms_every: NonNegative = Field(
+        10,
+        description="steps between measurements of the gradient norm that each sign sends into the LM head, a fourth matrix product of "
+        "such a step's head if there is an entropy bonus; 0 never",
     )
     probe_every: NonNegative = Field(
         0, description="steps between measurements of each sign's whole gradient, two more passes over a mini-batch each; 0 never"

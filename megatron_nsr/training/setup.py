@@ -39,6 +39,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
     )
     load_initial_weights(chunks, config, shape, backend)
+    signed = config.objective.name != "supervised"
     wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
     if training:
         with backend.phase():
@@ -54,8 +55,8 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         own_loss=own_loss,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         diagnostics=Diagnostics(
-            sign_norms=config.logging.sign_norms and config.objective.name != "supervised",
-            probe_every=config.logging.probe_every,
+            sign_norms_every=config.logging.sign_norms_every if signed else 0,
+            probe_every=config.logging.probe_every if signed else 0,
             dropped_share=config.objective.dropped_share,
             seed=config.run.seed,
         ),

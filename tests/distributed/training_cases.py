@@ -69,7 +69,7 @@ def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Co
                 "entropy_coefficient": 0.01,
                 "rollout_correction": 1.5,
             },
-            "logging": {"probe_every": 2},
+            "logging": {"sign_norms_every": 1, "probe_every": 2},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 1.0},
             "parallel": fields,
             "training": {"tokens_per_micro_batch": 60, "head_chunk_tokens": 16} | training,
