@@ -40,33 +40,36 @@ def execute_push_plan(plan: PushPlan, chunks: Sequence[PolicyModel]) -> Iterator
     """Collective over the tensor- and pipeline-parallel ranks: every rank yields the same (HF name, whole tensor) sequence.
 
     Tensors have the parameters' dtype and the unpadded vocabulary; a tied head is the embedding and is not yielded again. They
-    have memory of their own: a caller may keep them. While a bucket's tensors are yielded the next bucket travels; beside the
-    model a rank holds these two buckets' buffers and the parameter being joined (without buffers where neither tensor- nor
-    pipeline-parallel ranks share the model). Every rank must exhaust the iterator.
+    have memory of their own: a caller may keep them. While a bucket's tensors are yielded the next bucket travels, into the other
+    of two buffers; see `PushPlan.extra_bytes`. Every rank must exhaust the iterator.
     """
     rank = _Rank(plan, chunks)
-    ahead = rank.start(plan.buckets[0])
-    for bucket, following in zip(plan.buckets, [*plan.buckets[1:], None], strict=True):
+    ahead = rank.start(0)
+    for number, bucket in enumerate(plan.buckets):
         buffer = ahead.finish() if ahead else None
-        ahead = rank.start(following) if following else None
-        for number, piece in enumerate(bucket.pieces):
-            if ahead and number == len(bucket.pieces) // 2:
+        ahead = rank.start(number + 1)  # overwrites the bucket before this one, whose last tensor has been joined
+        for position, piece in enumerate(bucket.pieces):
+            if ahead and position == len(bucket.pieces) // 2:
                 ahead.send_on()
             yield from zip(piece.entry.hf, rank.join(buffer, bucket, piece), strict=True)
 
 
 class _Rank:
-    """This rank's parameters and its place in the plan."""
+    """This rank's parameters, its place in the plan, and the memory of the two buckets that it holds at a time."""
 
     def __init__(self, plan: PushPlan, chunks: Sequence[PolicyModel]) -> None:
         self.plan = plan
         self.parameters = [dict(chunk.named_parameters()) for chunk in chunks]
         self.tp, self.pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
-        self.alone = plan.tensor * plan.pipeline == 1
+        sample = next(iter(self.parameters[0].values()))
+        self.memory = [torch.empty(size, dtype=sample.dtype, device=sample.device) for size in plan.buffer_sizes]
 
-    def start(self, bucket: Bucket) -> _Transfer | None:
-        """Sets the bucket on its way; None where this rank has the whole model."""
-        return None if self.alone else _Transfer(self, bucket)
+    def start(self, number: int) -> _Transfer | None:
+        """Sets a bucket on its way; None where there is no such bucket, and where this rank has the whole model."""
+        if number == len(self.plan.buckets) or not self.plan.travels:
+            return None
+        bucket = self.plan.buckets[number]
+        return _Transfer(self, bucket, self.memory[number % 2][: self.plan.numel(bucket)])
 
     def local(self, piece: Piece) -> Tensor:
         """This rank's shard of a parameter that its stage owns. Raises RuntimeError where its shape is not the planned one."""
@@ -91,9 +94,8 @@ class _Rank:
 class _Transfer:
     """A bucket on its way into this rank's buffer: an all-gather in its stage, then a broadcast to the others, both asynchronous."""
 
-    def __init__(self, rank: _Rank, bucket: Bucket) -> None:
-        sample = next(iter(rank.parameters[0].values()))
-        self.buffer = torch.empty(rank.plan.numel(bucket), dtype=sample.dtype, device=sample.device)
+    def __init__(self, rank: _Rank, bucket: Bucket, buffer: Tensor) -> None:
+        self.buffer = buffer
         self._pp, self._owner = rank.pp, bucket.owner
         self._work: dist.Work | None = None
         self._sent_on = False

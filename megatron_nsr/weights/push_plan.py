@@ -93,15 +93,22 @@ class PushPlan:
         return self.numel(bucket) * self.element_bytes
 
     @property
+    def travels(self) -> bool:
+        """Whether ranks share the model; where each has the whole of it, nothing is sent and no buffer is needed."""
+        return self.tensor * self.pipeline > 1
+
+    @property
+    def buffer_sizes(self) -> tuple[int, int]:
+        """Elements of the two buffers: buckets take them in turn."""
+        even, odd = (max(map(self.numel, self.buckets[start::2]), default=0) for start in (0, 1))
+        return (even, odd) if self.travels else (0, 0)
+
+    @property
     def extra_bytes(self) -> int:
-        """The most that a rank holds beside the model: a bucket, the next one on its way, and the parameter being joined."""
-        buffers = [self.buffer_bytes(bucket) if self.tensor * self.pipeline > 1 else 0 for bucket in self.buckets]
-        joined = (
-            max(sum(math.prod(hf_tensor_shape(name, self.shape)) for name in piece.entry.hf) for piece in bucket.pieces)
-            * self.element_bytes
-            for bucket in self.buckets
-        )
-        return max(map(sum, zip(buffers, [*buffers[1:], 0], joined, strict=True)))
+        """The most that a rank holds beside the model: both buffers and the HF tensors of one parameter, joined."""
+        pieces = (piece for bucket in self.buckets for piece in bucket.pieces)
+        joined = max(sum(math.prod(hf_tensor_shape(name, self.shape)) for name in piece.entry.hf) for piece in pieces)
+        return (sum(self.buffer_sizes) + joined) * self.element_bytes
 
     def traffic(self, world_size: int) -> Iterator[RankTraffic]:
         """Every rank's sends, by the amount that must arrive; how a collective routes it (ring, tree) is the library's affair.
@@ -127,14 +134,15 @@ class PushPlan:
         return Group(self._bucket_table(), self._traffic_table(world_size))
 
     def _bucket_table(self) -> Table:
-        table = _table(f"{len(self.buckets)} buckets, {_mib(self.tensor_bytes)} MiB of weights; sizes in MiB")
+        memory = f"at most {_mib(self.extra_bytes)} MiB a rank beside the model"
+        table = _table(f"{len(self.buckets)} buckets, {_mib(self.tensor_bytes)} MiB of weights, {memory}; sizes in MiB")
         table.add_column("first tensor", no_wrap=True)
         for header in ("bucket", "stage", "tensors", "buffer", "all-gather\na rank", "broadcast\na stage"):
             table.add_column(header, justify="right", no_wrap=True)
         for number, bucket in enumerate(self.buckets):
             size = _mib(self.buffer_bytes(bucket))
             gathered = _mib(bucket.slot * self.element_bytes) if self.tensor > 1 else "-"
-            sizes = (size if self.tensor * self.pipeline > 1 else "-", gathered, size if self.pipeline > 1 else "-")
+            sizes = (size if self.travels else "-", gathered, size if self.pipeline > 1 else "-")
             table.add_row(bucket.names[0], str(number), str(bucket.owner), str(len(bucket.names)), *sizes)
         return table
 

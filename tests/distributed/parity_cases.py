@@ -118,7 +118,7 @@ def counted(plan: PushPlan, chunks: list[PolicyModel], buffers: list[StorageWeak
     gathered, alive, ahead = [], [0], []
     for name, tensor in execute_push_plan(plan, chunks):
         gathered.append((name, tensor))
-        alive.append(sum(not memory.expired() for memory in buffers))
+        alive.append(len({memory for memory in buffers if not memory.expired()}))
         if bucket_of[name] + 1 < len(plan.buckets):
             ahead.append(len(buffers) - bucket_of[name] - 1)
     return gathered, max(alive), min(ahead)

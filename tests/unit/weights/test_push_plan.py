@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_nsr.models.hf_config import ModelShape, read_model_shape
+from megatron_nsr.models.hf_config import Family, ModelShape, read_model_shape
 from megatron_nsr.weights.loading import random_hf_tensors
 from megatron_nsr.weights.mapping import hf_names, hf_tensor_shape
 from megatron_nsr.weights.push_plan import PushPlan, plan_push
@@ -37,7 +37,7 @@ def plan(shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int) -> 
 @given(layout=LAYOUTS, bucket_bytes=st.integers(1, 400_000), family=st.sampled_from(["qwen2", "qwen3", "llama"]), tied=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_buckets_keep_to_their_size_to_one_stage_and_to_the_order_of_export(
-    shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int, family: str, tied: bool
+    shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int, family: Family, tied: bool
 ) -> None:
     shape = replace(shape, family=family, tie_embeddings=tied)
     made = plan(shape, layout, bucket_bytes)
@@ -74,6 +74,20 @@ def test_every_rank_receives_exactly_what_it_lacks(
 def test_the_weights_bytes_are_those_of_the_hf_tensors_without_padding(shape: ModelShape) -> None:
     expected = 2 * sum(math.prod(hf_tensor_shape(name, shape)) for name in random_hf_tensors(shape, 0))
     assert plan(shape, (2, 2, 1), 50_000).tensor_bytes == expected
+
+
+@given(layout=LAYOUTS, bucket_bytes=st.integers(1, 400_000))
+@settings(max_examples=20, deadline=None)
+def test_two_buffers_hold_any_two_neighbouring_buckets(shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int) -> None:
+    made = plan(shape, layout, bucket_bytes)
+    largest = 2 * (shape.heads + 2 * shape.query_groups) * shape.head_dim * shape.hidden  # bytes of the fused q, k and v
+    if layout == (1, 1, 1):
+        assert made.buffer_sizes == (0, 0) and made.extra_bytes == largest
+        return
+    for number, bucket in enumerate(made.buckets):
+        assert made.numel(bucket) <= made.buffer_sizes[number % 2]
+    whole = max(made.buffer_bytes(bucket) for bucket in made.buckets)
+    assert made.extra_bytes <= 2 * whole + largest
 
 
 def test_a_tied_head_is_no_part_of_the_plan(shape: ModelShape) -> None:
