@@ -107,6 +107,8 @@ class _Transfer:
                 slots = self.buffer[: rank.plan.tensor * bucket.slot]
                 mine = slots[rank.tp.rank() * bucket.slot :][: bucket.slot]  # in place: no second copy of the shards
                 self._work = dist.all_gather_into_tensor(slots, mine, group=rank.tp, async_op=True)
+        if self._work is None:
+            self.send_on()
 
     def send_on(self) -> None:
         """Starts the broadcast, once the all-gather is complete; a second call does nothing."""
