@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_nsr.config import Config
@@ -27,9 +28,9 @@ from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.setup import build_actor, require_weights, training_temperature
 from megatron_nsr.types import UserError
-from megatron_nsr.weights.gathering import gather_hf_tensors
-
-MIB = 1 << 20
+from megatron_nsr.weights.checksums import policy_checksums
+from megatron_nsr.weights.gathering import execute_push_plan, plan_for
+from megatron_nsr.weights.push_plan import MIB, PushPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +90,20 @@ class Components:
     graders: GraderPool | None
     benchmarks: Benchmarks | None
     source: ExperienceSource
-    shape: ModelShape
-    bucket_bytes: int
+    push_plan: PushPlan
 
     @property
     def pushes_every_step(self) -> bool:
         """Whether the next step samples from the new weights."""
         return isinstance(self.source, GradedRollouts)
 
-    def push(self, version: int) -> None:
-        """Gathers the policy's weights and hands them to the engine as `version`. A collective call."""
-        if self.rollouts is not None:
-            self.rollouts.push(gather_hf_tensors(self.actor.chunks, self.shape, self.bucket_bytes), version)
+    def push(self, version: int) -> dict[str, float]:
+        """Gathers the policy's weights and hands them to the engine as `version`; returns metrics. A collective call."""
+        if self.rollouts is None:
+            return {}
+        plan, chunks = self.push_plan, self.actor.chunks
+        pushed = self.rollouts.push(execute_push_plan(plan, chunks), version, partial(policy_checksums, plan, chunks))
+        return {"rollout/push_bytes": float(pushed)}
 
 
 def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Components:
@@ -136,7 +139,8 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     source: ExperienceSource = References(inputs.tokenizer, config)
     if inputs.objective is not None and rollouts is not None and graders is not None:
         source = GradedRollouts(rollouts, graders, inputs.objective, config, inputs.tokenizer.stop_ids)
-    return Components(actor, rollouts, graders, benchmarks, source, inputs.shape, config.rollout.push_bucket_mib * MIB)
+    plan = plan_for(actor.chunks, inputs.shape, config.rollout.push_bucket_mib * MIB)
+    return Components(actor, rollouts, graders, benchmarks, source, plan)
 
 
 def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
@@ -161,6 +165,7 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         engine_ranks=rollout.tensor_parallel,
+        verify_push=rollout.verify_push,
     )
 
 

@@ -74,7 +74,10 @@ class RolloutConfig(Section):
     kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
-    push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB")
+    push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB; a rank holds up to two")
+    verify_push: Literal["always", "first", "never"] = Field(
+        "first", description="pushes after which what the engine holds is compared with the policy; first: of each process"
+    )
     max_logprob_gap: PositiveFloat | None = Field(
         None, description="largest |engine - policy| log-prob of a sampled token before the run stops; null only logs it"
     )

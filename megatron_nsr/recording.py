@@ -21,7 +21,7 @@ from megatron_nsr.observability.samples import sample_rows, write_samples
 from megatron_nsr.observability.state import Status, read_state, write_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.types import Prompt, StepMetrics, UserError
-from megatron_nsr.weights.gathering import gather_hf_tensors
+from megatron_nsr.weights.gathering import execute_push_plan
 from megatron_nsr.weights.safetensors_files import write_hf_directory
 
 
@@ -145,7 +145,7 @@ class Recorder:
     def export_hf(self, parts: Components) -> None:
         """Writes the policy to RUN/hf. A collective call."""
         source = Path(self.config.model.path)
-        tensors = gather_hf_tensors(parts.actor.chunks, parts.shape, parts.bucket_bytes)
+        tensors = execute_push_plan(parts.push_plan, parts.actor.chunks)
         config_json = json.loads((source / "config.json").read_text())
         write_hf_directory(self.run.hf, tensors, config_json, copy_from=source, writer=self.writes)
         distributed.barrier()

@@ -93,7 +93,7 @@ class Trainer:
             metrics = self.parts.actor.update(prepared, self._learning_rate(step))
         with clock("weight_sync"):
             if self.parts.pushes_every_step:
-                self.parts.push(step)
+                metrics |= self.parts.push(step)
         self.step = step
         self.recorder.keep_samples(step, prompts, experience)
         return self._step_metrics(self.parts.source.finish(metrics), experience, clock)

@@ -26,6 +26,7 @@ MAY_CHANGE = frozenset(
         "rollout.kv_cache_mib",
         "rollout.gpu_memory_utilization",
         "rollout.push_bucket_mib",
+        "rollout.verify_push",
         "rollout.enforce_eager",
         "rollout.tensor_parallel",
         "rollout.max_logprob_gap",

@@ -13,6 +13,8 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+Region = tuple[str, int, int]  # part of a weight: HF name, the first row and the first column of the whole tensor in it
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
@@ -61,6 +63,11 @@ class RolloutEngine(Protocol):
         """The version of the weights it samples from; None before the first push and after a failed one."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights it computes with."""
+        ...
+
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         """Samples; returns the responses of the first request in the order of their seeds, then the second's, and so on.
 
@@ -68,13 +75,17 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replaces every weight by tensors under their HF names, unpadded, of any float type.
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> int:
+        """Replaces every weight by tensors under their HF names, unpadded, of any float type; returns their bytes.
 
         The iterator may hold collectives: it is consumed to its end exactly once, also when an error is raised after it.
         A tensor must keep its values until this call returns, because an engine may hold back the parts of a fused weight.
         Raises RuntimeError where a weight is missing or unknown; the engine then has no usable weights.
         """
+        ...
+
+    def held_checksums(self) -> dict[Region, int]:
+        """Checksums (weights.checksums), in `dtype`, of the parts of all weights that this rank computes with, read from where it does."""
         ...
 
     def close(self) -> None:

@@ -30,12 +30,14 @@ class PushedWeights:
 
     A tensor that the engine cannot take is consumed but not passed on: an exception in the middle of a reload would leave vLLM's
     layers half made, and every later push would fail. `copy_embedding` passes the embedding a second time as the head: for an
-    engine whose head is a tensor of its own although the model ties the two.
+    engine whose head is a tensor of its own although the model ties the two. `bytes` counts what the engine took, an embedding
+    once.
     """
 
     def __init__(
         self, tensors: Iterator[tuple[str, torch.Tensor]], expected: frozenset[str], *, vocabulary: int, copy_embedding: bool
     ) -> None:
+        self.bytes = 0
         self._expected = expected
         self._vocabulary = vocabulary
         self._copy_embedding = copy_embedding
@@ -55,6 +57,7 @@ class PushedWeights:
                 self._refused.append(f"{name} has {len(tensor)} rows, not vocab_size={self._vocabulary}: push it without padding")
                 continue
             self._seen.add(name)
+            self.bytes += tensor.nbytes
             yield name, tensor
             if self._copy_embedding and name == EMBEDDING:
                 self._seen.add(HEAD)
@@ -68,11 +71,12 @@ class PushedWeights:
     def check(self) -> None:
         """Raises RuntimeError unless exactly the expected tensors came."""
         if self._refused:
-            raise RuntimeError(f"pushed weights hold tensors that the engine cannot take: {_few(self._refused)}")
+            raise RuntimeError(f"pushed weights hold tensors that the engine cannot take: {few(self._refused)}")
         missing = sorted(self._expected - self._seen)
         if missing:
-            raise RuntimeError(f"pushed weights lack {len(missing)} of {len(self._expected)} tensors: {_few(missing)}")
+            raise RuntimeError(f"pushed weights lack {len(missing)} of {len(self._expected)} tensors: {few(missing)}")
 
 
-def _few(items: Sequence[str], count: int = 5) -> str:
+def few(items: Sequence[str], count: int = 5) -> str:
+    """The first items, for an error message."""
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")

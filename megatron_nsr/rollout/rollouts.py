@@ -1,27 +1,34 @@
 """One step's rollouts over all engines: prompts in, the same complete list of trajectories out on every rank.
 
-May import: types, this package, numpy and torch.
+May import: types, platform, this package, numpy and torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_nsr.platform.distributed import TIMEOUT
 from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
+from megatron_nsr.rollout.held_weights import wrong_tensors
+from megatron_nsr.rollout.pushed_weights import few
 from megatron_nsr.rollout.seeds import Purpose, sample_seed
 from megatron_nsr.types import Prompt, Trajectory
+
+Verification = Literal["always", "first", "never"]
+Checksums = Callable[[torch.dtype], Mapping[str, int]]
+Item = TypeVar("Item")
 
 
 class Rollouts:
     """Spreads prompts over the engines, each hosted by `engine_ranks` consecutive ranks, and gathers the trajectories.
 
-    Every rank makes one and makes the same calls. Owns the engine: close() closes it.
+    Every rank makes one and makes the same calls. Owns the engine: close() closes it. verify_push: which pushes are followed by a
+    comparison of what the engine then holds with what the policy holds; `first` is the first one of this process.
     """
 
     def __init__(
@@ -33,12 +40,14 @@ class Rollouts:
         rank: int = 0,
         world_size: int = 1,
         engine_ranks: int = 1,
+        verify_push: Verification = "first",
     ) -> None:
         self._engine = engine
         self._decode = tokenizer_decode
         self._run_seed = run_seed
         self._engines = world_size // engine_ranks
         self._engine_index = rank // engine_ranks
+        self._verify_push, self._verified = verify_push, False
         self._speaks_for_engine = rank % engine_ranks == 0
         # Python objects travel over gloo: NCCL would take them through GPU memory
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
@@ -64,9 +73,28 @@ class Rollouts:
             ]
         return sorted(self._gather(sampled), key=lambda trajectory: (trajectory.prompt, trajectory.sample))
 
-    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        """Gives this rank's engine new weights under their HF names; see RolloutEngine.load_weights."""
-        self._engine.load_weights(tensors, version)
+    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, checksums: Checksums) -> int:
+        """Gives this rank's engine new weights under their HF names, and returns their bytes; see RolloutEngine.load_weights.
+
+        checksums: gives the policy's, by HF name, in a dtype (weights.checksums); called, by all ranks, where the push is verified.
+        Raises RuntimeError on every rank where any engine does not hold what the policy holds.
+        """
+        pushed_bytes = self._engine.load_weights(tensors, version)
+        if self._verify_push == "always" or (self._verify_push == "first" and not self._verified):
+            self._verify(version, checksums(self._engine.dtype))
+            self._verified = True
+        return pushed_bytes
+
+    def _verify(self, version: int, policy: Mapping[str, int]) -> None:
+        held = self._gather([(self._engine_index, self._engine.held_checksums())])
+        mine = wrong_tensors(policy, [sums for engine, sums in held if engine == self._engine_index])
+        found = self._gather([(self._engine_index, name) for name in mine])
+        if found:
+            engines, names = (sorted(set(column)) for column in zip(*found, strict=True))
+            raise RuntimeError(
+                f"push of version {version}: {len(names)} tensors in rollout engine {', '.join(map(str, engines))} are not "
+                f"those of the policy: {few(names)}"
+            )
 
     def close(self) -> None:
         """Closes the engine."""
@@ -92,9 +120,10 @@ class Rollouts:
             text=self._decode(spoken.tolist()),
         )
 
-    def _gather(self, sampled: list[Trajectory]) -> list[Trajectory]:
+    def _gather(self, mine: list[Item]) -> list[Item]:
+        """The items of all ranks, in their order."""
         if self._group is None:
-            return sampled
-        parts: list[list[Trajectory]] = [[] for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather_object(parts, sampled, group=self._group)
-        return [trajectory for part in parts for trajectory in part]
+            return mine
+        parts: list[list[Item]] = [[] for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather_object(parts, mine, group=self._group)
+        return [item for part in parts for item in part]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.engine import Completion, Region, SampleRequest, Sampling
+from megatron_nsr.rollout.held_weights import HeldPart, held_checksums, held_parts
 from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
 from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
 from megatron_nsr.types import UserError
@@ -92,13 +94,20 @@ class VllmEngine:
             )
         self._max_model_len = max_model_len
         self._vocabulary = int(config.vocab_size)
+        self._dtype: torch.dtype = getattr(torch, dtype)
         self._expected = self._llm.apply_model(_checkpoint_names)[0]
+        self._parts: dict[str, HeldPart] = self._llm.apply_model(_held_parts)[0]
         self._version: int | None = None
 
     @property
     def version(self) -> int | None:
         """The version of the weights it samples from; None before the first push and after a failed one."""
         return self._version
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self._dtype
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         """Samples; see RolloutEngine. A response also ends, as "length", where prompt and response fill max_model_len.
@@ -118,7 +127,7 @@ class VllmEngine:
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         return [_completion(output) for request_output in outputs for output in request_output.outputs]
 
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> int:
         """Replaces every weight; see RolloutEngine."""
         self._version = None
         pushed = PushedWeights(tensors, self._expected, vocabulary=self._vocabulary, copy_embedding=self._copy_embedding)
@@ -131,6 +140,12 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
         self._version = version
+        return pushed.bytes
+
+    def held_checksums(self) -> dict[Region, int]:
+        """See RolloutEngine."""
+        held: dict[Region, int] = self._llm.apply_model(partial(held_checksums, parts=self._parts, dtype=self._dtype))[0]
+        return held
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing. A process group that existed before the engine stays usable."""
@@ -177,8 +192,15 @@ def _cpu_options(max_model_len: int) -> dict[str, Any]:
 
 
 def _checkpoint_names(model: torch.nn.Module) -> frozenset[str]:
-    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    return checkpoint_names((name for name, _ in model.named_parameters()), packed)
+    return checkpoint_names((name for name, _ in model.named_parameters()), _packed(model))
+
+
+def _held_parts(model: torch.nn.Module) -> dict[str, HeldPart]:
+    return held_parts(model, _packed(model))
+
+
+def _packed(model: torch.nn.Module) -> dict[str, list[str]]:
+    return getattr(model, "packed_modules_mapping", {})
 
 
 def _completion(output: Any) -> Completion:

@@ -5,9 +5,7 @@ May import: models, torch.distributed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,83 +13,119 @@ from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.policy import PolicyModel
-from megatron_nsr.weights.mapping import Entry, Location, hf_tensor_shape, local_parameter, locate, whole_model_entries
+from megatron_nsr.weights.mapping import local_parameter
+from megatron_nsr.weights.push_plan import Bucket, Piece, PushPlan, plan_push
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """Entries of one pipeline rank, whose HF tensors lie one after another in one buffer."""
+def gather_hf_tensors(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """Plans and gathers at once; see `plan_for` and `execute_push_plan`."""
+    return execute_push_plan(plan_for(chunks, shape, bucket_bytes), chunks)
 
-    owner: int
-    items: list[tuple[Entry, Location]] = field(default_factory=list)
-    numel: int = 0
+
+def plan_for(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_bytes: int) -> PushPlan:
+    """The plan for this model as it lies on the ranks; the same on each of them."""
+    groups = chunks[0].pg_collection
+    return plan_push(
+        shape,
+        tensor=groups.tp.size(),
+        pipeline=groups.pp.size(),
+        virtual_pipeline=len(chunks),
+        element_bytes=next(chunks[0].parameters()).element_size(),
+        bucket_bytes=bucket_bytes,
+    )
 
 
 @torch.no_grad()
-def gather_hf_tensors(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+def execute_push_plan(plan: PushPlan, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Collective over the tensor- and pipeline-parallel ranks: every rank yields the same (HF name, whole tensor) sequence.
 
     Tensors have the parameters' dtype and the unpadded vocabulary; a tied head is the embedding and is not yielded again. They
-    are views of a bucket's buffer, not of the parameters. A bucket has at most `bucket_bytes`, or one parameter's tensors. Beside the
-    model, a rank holds one bucket, and the owner while it fills it also the received shards and the parameter being joined, as
-    long as the caller keeps no tensor. Every rank must exhaust the iterator.
+    have memory of their own: a caller may keep them. While a bucket's tensors are yielded the next bucket travels, into the other
+    of two buffers; see `PushPlan.extra_bytes`. Every rank must exhaust the iterator.
     """
-    parameters = [dict(chunk.named_parameters()) for chunk in chunks]
-    sample = next(iter(parameters[0].values()))
-    tp, pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
-    for bucket in plan_buckets(shape, pp.size(), len(chunks), bucket_bytes // sample.element_size()):
-        buffer = torch.empty(bucket.numel, dtype=sample.dtype, device=sample.device)
-        if pp.rank() == bucket.owner:
-            _fill(buffer, bucket, parameters, shape, tp)
-        if pp.size() > 1:
-            dist.broadcast(buffer, dist.get_global_rank(pp, bucket.owner), group=pp)
-        yield from _named_views(buffer, bucket, shape)
-        del buffer
+    rank = _Rank(plan, chunks)
+    ahead = rank.start(0)
+    for number, bucket in enumerate(plan.buckets):
+        buffer = ahead.finish() if ahead else None
+        ahead = rank.start(number + 1)  # overwrites the bucket before this one, whose last tensor has been joined
+        for position, piece in enumerate(bucket.pieces):
+            if ahead and position == len(bucket.pieces) // 2:
+                ahead.send_on()
+            yield from zip(piece.entry.hf, rank.join(buffer, bucket, piece), strict=True)
 
 
-def plan_buckets(shape: ModelShape, pipeline: int, virtual_pipeline: int, bucket_numel: int) -> list[_Bucket]:
-    """The buckets, from the shape and the layout alone, so that all ranks agree without talking."""
-    buckets: list[_Bucket] = []
-    for layer, entry in whole_model_entries(shape):
-        where = locate(layer, entry, shape.num_layers, pipeline, virtual_pipeline)
-        numel = sum(math.prod(hf_tensor_shape(name, shape)) for name in entry.hf)
-        if not buckets or buckets[-1].owner != where.pipeline_rank or buckets[-1].numel + numel > bucket_numel:
-            buckets.append(_Bucket(where.pipeline_rank))
-        buckets[-1].items.append((entry, where))
-        buckets[-1].numel += numel
-    return buckets
+class _Rank:
+    """This rank's parameters, its place in the plan, and the memory of the two buckets that it holds at a time."""
+
+    def __init__(self, plan: PushPlan, chunks: Sequence[PolicyModel]) -> None:
+        self.plan = plan
+        self.parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+        self.tp, self.pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
+        sample = next(iter(self.parameters[0].values()))
+        self.memory = [torch.empty(size, dtype=sample.dtype, device=sample.device) for size in plan.buffer_sizes]
+
+    def start(self, number: int) -> _Transfer | None:
+        """Sets a bucket on its way; None where there is no such bucket, and where this rank has the whole model."""
+        if number == len(self.plan.buckets) or not self.plan.travels:
+            return None
+        bucket = self.plan.buckets[number]
+        return _Transfer(self, bucket, self.memory[number % 2][: self.plan.numel(bucket)])
+
+    def local(self, piece: Piece) -> Tensor:
+        """This rank's shard of a parameter that its stage owns. Raises RuntimeError where its shape is not the planned one."""
+        name, parameter = local_parameter(piece.entry, piece.where.index, self.parameters[piece.where.vp_stage])
+        if parameter.shape != piece.shape:
+            raise RuntimeError(f"{name} has shape {tuple(parameter.shape)}, the push plan expects {piece.shape}")
+        return parameter.detach()
+
+    def join(self, buffer: Tensor | None, bucket: Bucket, piece: Piece) -> list[Tensor]:
+        """The HF tensors of one parameter, in memory of their own."""
+        layout = piece.entry.layout
+        shards = [self.local(piece)] if buffer is None else [part.view(piece.shape) for part in self.parts(buffer, bucket, piece)]
+        return [tensor if layout.sharded else tensor.clone() for tensor in layout.join(shards, self.plan.shape)]
+
+    def parts(self, buffer: Tensor, bucket: Bucket, piece: Piece) -> list[Tensor]:
+        """Where each tensor-parallel rank's shard lies in a bucket's buffer, [piece.numel] each; one place where it is replicated."""
+        slots = buffer[: self.plan.tensor * bucket.slot].view(self.plan.tensor, bucket.slot).unbind(0)
+        where = slots if piece.entry.layout.sharded else (buffer[self.plan.tensor * bucket.slot :],)
+        return [place[piece.offset : piece.offset + piece.numel] for place in where]
 
 
-def _fill(buffer: Tensor, bucket: _Bucket, parameters: Sequence[Mapping[str, Tensor]], shape: ModelShape, tp: dist.ProcessGroup) -> None:
-    """One all-gather for the bucket's sharded parameters, then each joined into its place."""
-    mine = [local_parameter(entry, where.index, parameters[where.vp_stage])[1].detach() for entry, where in bucket.items]
-    sharded = [parameter for parameter, (entry, _) in zip(mine, bucket.items, strict=True) if entry.layout.sharded]
-    gathered = iter(_all_gather(sharded, tp))
-    offset = 0
-    for parameter, (entry, _) in zip(mine, bucket.items, strict=True):
-        shards = next(gathered) if entry.layout.sharded else [parameter]
-        for tensor in entry.layout.join(shards, shape):
-            buffer[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
-            offset += tensor.numel()
+class _Transfer:
+    """A bucket on its way into this rank's buffer: an all-gather in its stage, then a broadcast to the others, both asynchronous."""
 
+    def __init__(self, rank: _Rank, bucket: Bucket, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self._pp, self._owner = rank.pp, bucket.owner
+        self._work: dist.Work | None = None
+        self._sent_on = False
+        if rank.pp.rank() == bucket.owner:
+            for piece in bucket.pieces:
+                parts = rank.parts(self.buffer, bucket, piece)
+                (parts[rank.tp.rank()] if piece.entry.layout.sharded else parts[0]).view(piece.shape).copy_(rank.local(piece))
+            if rank.plan.tensor > 1 and bucket.slot:
+                slots = self.buffer[: rank.plan.tensor * bucket.slot]
+                mine = slots[rank.tp.rank() * bucket.slot :][: bucket.slot]  # in place: no second copy of the shards
+                self._work = dist.all_gather_into_tensor(slots, mine, group=rank.tp, async_op=True)
+        if self._work is None:
+            self.send_on()
 
-def _all_gather(tensors: Sequence[Tensor], tp: dist.ProcessGroup) -> list[list[Tensor]]:
-    """For each tensor, the shards of all tensor-parallel ranks."""
-    if tp.size() == 1 or not tensors:
-        return [[tensor] for tensor in tensors]
-    sizes = [tensor.numel() for tensor in tensors]
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    local = flat[0] if len(flat) == 1 else torch.cat(flat)  # a large embedding travels alone: no copy of it
-    received = local.new_empty(tp.size() * local.numel())  # gloo wants a flat output
-    dist.all_gather_into_tensor(received, local, group=tp)
-    columns = received.view(tp.size(), -1).split(sizes, dim=1)
-    return [[row.view(tensor.shape) for row in column.unbind(0)] for tensor, column in zip(tensors, columns, strict=True)]
+    def send_on(self) -> None:
+        """Starts the broadcast, once the all-gather is complete; a second call does nothing."""
+        if not self._sent_on:
+            self._wait()
+            self._sent_on = True
+            if self._pp.size() > 1:
+                source = dist.get_global_rank(self._pp, self._owner)
+                self._work = dist.broadcast(self.buffer, source, group=self._pp, async_op=True)
 
+    def finish(self) -> Tensor:
+        """The complete buffer."""
+        self.send_on()
+        self._wait()
+        return self.buffer
 
-def _named_views(buffer: Tensor, bucket: _Bucket, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    offset = 0
-    for entry, _ in bucket.items:
-        for name in entry.hf:
-            size = hf_tensor_shape(name, shape)
-            yield name, buffer[offset : offset + math.prod(size)].view(size)
-            offset += math.prod(size)
+    def _wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend, choose_backend
@@ -20,9 +22,13 @@ from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import initialize_parallel
 from megatron_nsr.models.policy import Head, PolicyModel, build_policy
 from megatron_nsr.platform import distributed
-from megatron_nsr.weights.gathering import gather_hf_tensors
+from megatron_nsr.weights import gathering
+from megatron_nsr.weights.checksums import policy_checksums
+from megatron_nsr.weights.gathering import execute_push_plan, gather_hf_tensors, plan_for
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
+from megatron_nsr.weights.push_plan import PushPlan
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
+from tests.checksums import whole_checksums
 
 LAYOUTS = {
     2: {
@@ -86,6 +92,38 @@ def forward_backward(chunks: list[PolicyModel], backend: Backend, shape: ModelSh
     return found
 
 
+class CountedTransfers(gathering._Transfer):
+    """Remembers every buffer's memory without keeping it alive."""
+
+    memory: ClassVar[list[StorageWeakRef]] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.memory.append(StorageWeakRef(self.buffer.untyped_storage()))
+
+    @classmethod
+    @contextmanager
+    def installed(cls) -> Iterator[list[StorageWeakRef]]:
+        cls.memory.clear()
+        original, gathering._Transfer = gathering._Transfer, cls
+        try:
+            yield cls.memory
+        finally:
+            gathering._Transfer = original
+
+
+def counted(plan: PushPlan, chunks: list[PolicyModel], buffers: list[StorageWeakRef]) -> tuple[list[tuple[str, torch.Tensor]], int, int]:
+    """The gathered tensors; the most buffers alive at once; how many later buckets were on their way at every tensor."""
+    bucket_of = {name: number for number, bucket in enumerate(plan.buckets) for name in bucket.names}
+    gathered, alive, ahead = [], [0], []
+    for name, tensor in execute_push_plan(plan, chunks):
+        gathered.append((name, tensor))
+        alive.append(len({memory for memory in buffers if not memory.expired()}))
+        if bucket_of[name] + 1 < len(plan.buckets):
+            ahead.append(len(buffers) - bucket_of[name] - 1)
+    return gathered, max(alive), min(ahead)
+
+
 def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, Any]:
     """One model on one layout: the worst logit error on any rank, and whether gathering gave back what was loaded."""
     shape = read_model_shape(str(model))
@@ -93,8 +131,14 @@ def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, An
     chunks = build_policy(shape, layout, dtype=torch.float32, backend=backend, recompute="none", head=gathered_logits(layout))
     with SafetensorsDirectory(str(model)) as files:
         load_hf_weights(chunks, shape, files)
-        gathered = [(name, tensor.clone()) for name, tensor in gather_hf_tensors(chunks, shape, bucket_bytes=50_000)]
+        plan = plan_for(chunks, shape, bucket_bytes=50_000)
+        with CountedTransfers.installed() as transfers:
+            gathered, most_alive, least_ahead = counted(plan, chunks, transfers)
         expected = {name: files[name] for name in files}
+        sums_equal = all(
+            policy_checksums(plan, chunks, dtype) == whole_checksums(expected.items(), dtype) for dtype in (torch.float32, torch.bfloat16)
+        )
+    # the tensors are kept as they came, all at once: none may change while another bucket travels
     same = sorted(expected) == sorted(name for name, _ in gathered) and all(
         torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in gathered
     )
@@ -104,7 +148,8 @@ def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, An
     padding = max((float(x[:, shape.vocab_size :].abs().sum()) for x in logits), default=0.0)
     load_hf_weights(chunks, shape, random_hf_tensors(shape, seed=7))
     drawn = {name: float(tensor.double().sum()) for name, tensor in gather_hf_tensors(chunks, shape, bucket_bytes=1 << 30)}
-    ranks = distributed.all_gather_object((error, padding, same, drawn, len(logits)))
+    buffers = (most_alive, least_ahead, len(plan.buckets))
+    ranks = distributed.all_gather_object((error, padding, same, drawn, len(logits), buffers, sums_equal))
     return {
         "logit_error": max(rank[0] for rank in ranks),
         "padding": max(rank[1] for rank in ranks),
@@ -112,6 +157,8 @@ def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, An
         "random_sums": ranks[0][3],
         "random_equal_on_ranks": all(rank[3] == drawn for rank in ranks),
         "micro_batches_compared": max(rank[4] for rank in ranks),
+        "buffers": [rank[5] for rank in ranks],
+        "checksums_equal": all(rank[6] for rank in ranks),
         "gradients": gradient_norms(chunks),
     }
 

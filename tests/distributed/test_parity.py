@@ -79,6 +79,19 @@ def test_gathered_weights_are_the_loaded_ones_on_every_rank(results: dict[str, A
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_at_most_two_buckets_are_alive_and_the_next_one_is_always_on_its_way(results: dict[str, Any], case: str) -> None:
+    for alive, ahead, buckets in results[case]["buffers"]:
+        assert buckets > 4
+        # a rank that has the whole model needs no buffer
+        assert (alive, ahead) == ((0, -buckets + 1) if case.startswith("dp") else (2, 1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checksums_of_the_shards_are_those_of_the_whole_tensors(results: dict[str, Any], case: str) -> None:
+    assert results[case]["checksums_equal"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_random_weights_do_not_depend_on_the_layout(results: dict[str, Any], references: dict[str, Any], case: str) -> None:
     assert results[case]["random_equal_on_ranks"]
     assert results[case]["random_sums"] == references[case.split("/")[1]]["random_sums"]

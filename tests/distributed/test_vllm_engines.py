@@ -61,5 +61,16 @@ def test_shared_memory_is_unlinked_while_in_use_so_that_a_killed_job_leaves_none
     assert mapped and all(line.endswith("(deleted)") for line in mapped)
 
 
+def test_a_verified_push_passes_with_one_kv_head_on_two_ranks_and_a_padded_vocabulary_in_bfloat16(seen: Seen) -> None:
+    assert [messages["bytes"] for messages in seen["verified"]["messages"]] == 2 * [2 * [seen["verified"]["model_bytes"]]]
+
+
+def test_one_wrong_element_on_any_rank_of_an_engine_is_named_on_all(seen: Seen) -> None:
+    first, second = ({name: text for name, text in messages.items() if name != "bytes"} for messages in seen["verified"]["messages"])
+    assert first == second and len(first) == 4
+    for name, text in first.items():
+        assert text == f"push of version 3: 1 tensors in rollout engine 0 are not those of the policy: {name}"
+
+
 def test_a_group_size_that_does_not_divide_the_world_is_refused(seen: Seen) -> None:
     assert seen["three"] == "rollout.tensor_parallel=3 does not divide the number of processes, 2"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ from megatron_nsr.rollout.engine import Sampling
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.rollout.vllm_engine import VllmEngine
 from megatron_nsr.types import Prompt, Trajectory, UserError
+from tests.checksums import whole_checksums
 
 VOCABULARY = 160
 SAMPLING = Sampling(temperature=1.0, max_tokens=10, stop_ids=(3, 4, 5, 6, 7))
 PROMPTS = [Prompt(id=f"p{i}", text="", token_ids=tuple(range(10 + i, 20 + 2 * i)), answer="") for i in range(5)]
 
 
-def random_model(seed: int) -> PreTrainedModel:
+def random_model(seed: int, **fields: Any) -> PreTrainedModel:
     """An untied Qwen2: fused weights with biases, and a KV head for each of two ranks."""
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=False, initializer_range=0.25, architectures=["Qwen2ForCausalLM"],
-    )  # fmt: skip
+    config = Qwen2Config(**{
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": False, "initializer_range": 0.25,
+        "architectures": ["Qwen2ForCausalLM"],
+    } | fields)  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -38,6 +41,10 @@ def random_model(seed: int) -> PreTrainedModel:
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
     return model
+
+
+def weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, weight.detach()) for name, weight in model.named_parameters())
 
 
 def largest_gap(model: PreTrainedModel, trajectories: Sequence[Trajectory]) -> float:
@@ -71,7 +78,7 @@ def case(model_dir: Path, tensor_parallel: int) -> dict[str, Any]:
         gaps = []
         for version in (1, 2):
             model = random_model(version)
-            rollouts.push(((name, weight.detach()) for name, weight in model.named_parameters()), version)
+            rollouts.push(weights(model), version, partial(whole_checksums, list(weights(model))))
             trajectories = rollouts.generate(PROMPTS, step=version, samples=3, sampling=SAMPLING, purpose="train")
             gaps.append(largest_gap(model, trajectories))
         one = rollouts.generate(PROMPTS[:1], step=1, samples=1, sampling=SAMPLING, purpose="eval")
@@ -90,12 +97,46 @@ def case(model_dir: Path, tensor_parallel: int) -> dict[str, Any]:
     }
 
 
+def verified(out: Path) -> dict[str, Any]:
+    """A bf16 engine over two ranks that share one KV head, its vocabulary padded, fed with fp32 weights; then with a spoiled tensor."""
+    model = random_model(3, num_key_value_heads=1, vocab_size=100)
+    if dist.get_rank() == 0:
+        model.config.save_pretrained(out / "one_head")
+    dist.barrier()
+    engine = VllmEngine(out / "one_head", dtype="bfloat16", max_model_len=64, max_num_seqs=16, kv_cache_mib=16, tensor_parallel=2)
+    checksums = partial(whole_checksums, list(weights(model)))
+    messages: dict[str, Any] = {}
+    with Rollouts(
+        engine, str, run_seed=1, rank=dist.get_rank(), world_size=2, engine_ranks=2, verify_push="always"
+    ) as rollouts:  # fmt: skip
+        messages["bytes"] = [rollouts.push(weights(model), version, checksums) for version in (1, 2)]
+        for name in SPOILED:
+            spoiled = [(other, last_element_doubled(weight) if other == name else weight) for other, weight in weights(model)]
+            try:
+                rollouts.push(iter(spoiled), 3, checksums)
+            except RuntimeError as error:
+                messages[name] = str(error)
+    everyone: list[Any] = [None, None]
+    dist.all_gather_object(everyone, messages)
+    return {"messages": everyone, "model_bytes": sum(weight.nbytes for _, weight in weights(model))}
+
+
+def last_element_doubled(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.clone()
+    weight.view(-1)[-1] *= 2
+    return weight
+
+
+SPOILED = ("model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight")
+
+
 def main(out: Path, sizes: list[int]) -> None:
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:
         random_model(1).config.save_pretrained(out / "model")
     dist.barrier()
     seen: dict[str, Any] = {str(size): case(out / "model", size) for size in sizes}
+    seen["verified"] = verified(out)
     try:
         VllmEngine(out / "model", dtype="float32", max_model_len=64, tensor_parallel=3)
     except UserError as error:

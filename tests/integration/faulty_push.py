@@ -1,31 +1,24 @@
-"""`python -m tests.integration.faulty_push ARGUMENTS`: the command, with an engine that is given slightly wrong weights."""
+"""`python -m tests.integration.faulty_push ARGUMENTS`: the command, with one bucket spoiled between its gathering and its loading."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from megatron_nsr import components
 from megatron_nsr.cli import main
-from megatron_nsr.rollout.rollouts import Rollouts
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
+EXECUTE = components.execute_push_plan
 
 
-def spoiled(tensors: Tensors) -> Tensors:
-    for name, tensor in tensors:
+def spoiled(*arguments: Any) -> Tensors:
+    for name, tensor in EXECUTE(*arguments):
         yield name, tensor * 1.01 if name == "model.norm.weight" else tensor
 
 
-def install() -> None:
-    push = Rollouts.push
-
-    def push_spoiled(self: Rollouts, tensors: Tensors, version: int) -> None:
-        push(self, spoiled(tensors), version)
-
-    Rollouts.push = push_spoiled  # type: ignore[method-assign]
-
-
 if __name__ == "__main__":
-    install()
+    components.execute_push_plan = spoiled
     main()

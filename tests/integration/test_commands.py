@@ -45,8 +45,14 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
     before, after = (safetensors.torch.load_file(path / "hf" / "model.safetensors") for path in (small.base, run))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
-    faulty = start(small.nsr(run, "run.steps=3", *overrides), tmp_path / "gap.log", module="tests.integration.faulty_push")
-    output = finished(faulty, 1)
+    wrong_weights = start(small.nsr(run, "run.steps=3", *overrides), tmp_path / "push.log", module="tests.integration.faulty_push")
+    unverified = ["run.steps=3", "rollout.verify_push=never", *overrides]
+    output = finished(wrong_weights, 1)
+    message = "push of version 2: 1 tensors in rollout engine 0 are not those of the policy: model.norm.weight"
+    assert output.count(message) == 1 and state(run)["status"] == "failed" and message in state(run)["reason"]
+    assert len(values(run)) == 2 and RunDirectory(run).latest.resolve().name == "step_2"
+
+    output = finished(start(small.nsr(run, *unverified), tmp_path / "gap.log", module="tests.integration.faulty_push"), 1)
     assert "rollout/logprob_gap_max is " in output and "above rollout.max_logprob_gap=0.0001" in output
     assert state(run)["status"] == "failed" and "rollout/logprob_gap_max" in state(run)["reason"]
     assert RunDirectory(run).latest.resolve().name == "step_2"

@@ -59,6 +59,27 @@ def test_unknown_and_padded_tensors_are_refused(seen: Seen) -> None:
     assert "model.embed_tokens.weight has 320 rows, not vocab_size=160" in seen["padded"]
 
 
+def test_a_push_tells_the_bytes_it_brought(seen: Seen) -> None:
+    assert seen["pushed_bytes"] == seen["model_bytes"]
+
+
+def test_what_the_engine_holds_is_what_was_pushed(seen: Seen) -> None:
+    assert seen["right"] == seen["recovered"] == []
+
+
+def test_one_wrong_bit_and_rows_in_the_wrong_place_are_found_and_named(seen: Seen) -> None:
+    assert len(seen["spoiled"]) == 5
+    for name, wrong in seen["spoiled"].items():
+        # the head is tied, and the engine holds it as a tensor of its own
+        assert wrong == (["lm_head.weight", name] if "embed" in name else [name])
+    assert seen["rolled"] == ["model.layers.1.self_attn.k_proj.weight"]
+
+
+def test_a_layer_that_goes_on_with_old_packed_weights_is_found(seen: Seen) -> None:
+    assert seen["before_stale"] == []
+    assert seen["stale"] == ["model.layers.0.mlp.down_proj.weight"]
+
+
 def test_logprobs_at_another_temperature_are_the_tempered_ones(seen: Seen) -> None:
     assert seen["gap_tempered"] < 1e-4
     assert seen["gap_tempered_raw"] > 0.1

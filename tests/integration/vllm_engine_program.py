@@ -18,7 +18,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.held_weights import wrong_tensors
 from megatron_nsr.rollout.vllm_engine import VllmEngine
+from tests.checksums import whole_checksums
 
 VOCABULARY, MAX_MODEL_LEN = 160, 192
 NO_STOP = Sampling(temperature=1.0, max_tokens=12, stop_ids=())
@@ -94,12 +96,67 @@ def weights_cases(engine: VllmEngine, old: PreTrainedModel, new: PreTrainedModel
     seen["padded"] = message(lambda: engine.load_weights(padded, 1))
     seen["padded_left"] = len(list(padded))
 
-    engine.load_weights(tensors(new), 2)
+    seen["pushed_bytes"] = engine.load_weights(tensors(new), 2)
+    seen["model_bytes"] = sum(tensor.nbytes for _, tensor in tensors(new))
     seen["version"] = engine.version
     seen["gap_new"] = largest_gap(new, short, engine.generate(short, NO_STOP))
     seen["gap_long_new"] = largest_gap(new, long, engine.generate(long, NO_STOP))
     seen["models_differ"] = largest_gap(new, long, first_long)
     return seen
+
+
+def verification_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]:
+    """Which tensors are found wrong: after a right push, after each of several wrong ones, and where a layer goes on with old weights."""
+    expected = whole_checksums(tensors(model), torch.float32)
+
+    def wrong() -> list[str]:
+        return wrong_tensors(expected, [engine.held_checksums()])
+
+    def spoiled(name: str, spoil: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((other, spoil(tensor.clone()) if other == name else tensor) for other, tensor in tensors(model))
+
+    engine.load_weights(tensors(model), 3)
+    seen: dict[str, Any] = {"right": wrong(), "spoiled": {}}
+    for name in SPOILED:
+        engine.load_weights(spoiled(name, one_bit), 4)
+        seen["spoiled"][name] = wrong()
+    engine.load_weights(spoiled(SPOILED[0], lambda tensor: tensor.roll(1, 0)), 5)
+    seen["rolled"] = wrong()
+
+    engine.load_weights(((name, tensor + 1) for name, tensor in tensors(model)), 6)
+    engine._llm.apply_model(keep_packed)
+    engine.load_weights(tensors(model), 7)
+    seen["before_stale"] = wrong()
+    engine._llm.apply_model(use_kept)
+    seen["stale"] = wrong()
+    engine.load_weights(tensors(model), 8)
+    seen["recovered"] = wrong()
+    return seen
+
+
+SPOILED = (
+    "model.layers.1.self_attn.k_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.0.self_attn.q_norm.weight",
+    "model.embed_tokens.weight",
+)
+KEPT: dict[str, Any] = {}
+
+
+def one_bit(tensor: torch.Tensor) -> torch.Tensor:
+    """The last element's lowest bit flipped."""
+    tensor.view(torch.int32).view(-1)[-1] ^= 1
+    return tensor
+
+
+def keep_packed(model: torch.nn.Module) -> None:
+    KEPT["layer"] = dict(model.named_modules())["model.layers.0.mlp.down_proj"]
+    KEPT["cpu_linear"] = KEPT["layer"].cpu_linear
+
+
+def use_kept(_: torch.nn.Module) -> None:
+    KEPT["layer"].cpu_linear = KEPT["cpu_linear"]
 
 
 def sampling_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]:
@@ -152,6 +209,7 @@ def main(out: Path) -> None:
     with VllmEngine(out / "model", dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=64, kv_cache_mib=64) as engine:
         seen["start_left_state"] = process_state() == before
         seen |= weights_cases(engine, old, new)
+        seen |= verification_cases(engine, new)
         seen |= sampling_cases(engine, new)
         seen["use_left_state"] = process_state() == before
     engine.close()  # a second time

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
-from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.rollout.engine import Completion, Region, SampleRequest, Sampling
+from megatron_nsr.rollout.rollouts import Rollouts, Verification
 from megatron_nsr.rollout.seeds import sample_seed
 from megatron_nsr.types import Prompt
 
@@ -21,18 +21,26 @@ PROMPTS = [Prompt(id=f"p{i}", text="", token_ids=(i + 1,), answer="") for i in r
 class EchoEngine:
     """Answers with the prompt's id: samples of even seed stop, the others run out of budget."""
 
+    dtype = torch.bfloat16
+
     def __init__(self) -> None:
         self.version: int | None = None
         self.asked: list[SampleRequest] = []
+        self.held: dict[Region, int] = {}
+        self.verified: list[int | None] = []
         self.closed = False
 
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         self.asked = list(requests)
         return [self._answer(request, request.seed + i, sampling) for request in requests for i in range(request.n)]
 
-    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> None:
-        dict(tensors)
+    def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> int:
         self.version = version
+        return sum(tensor.nbytes for _, tensor in tensors)
+
+    def held_checksums(self) -> dict[Region, int]:
+        self.verified.append(self.version)
+        return self.held
 
     def close(self) -> None:
         self.closed = True
@@ -49,6 +57,10 @@ class EchoEngine:
         return Completion(np.array(ids, np.int32), np.full(len(ids), -0.5, np.float32), reason)
 
 
+def no_checksums(_: torch.dtype) -> dict[str, int]:
+    return {}
+
+
 @pytest.fixture
 def engine() -> EchoEngine:
     return EchoEngine()
@@ -57,7 +69,7 @@ def engine() -> EchoEngine:
 @pytest.fixture
 def rollouts(engine: EchoEngine) -> Rollouts:
     made = Rollouts(engine, lambda ids: "".join(map(str, ids)), run_seed=5)
-    made.push(iter([]), 3)
+    made.push(iter([]), 3, no_checksums)
     return made
 
 
@@ -77,7 +89,7 @@ def test_the_text_leaves_the_stop_id_out_and_keeps_a_truncated_response_whole(ro
 
 
 def test_each_trajectory_carries_the_version_of_the_weights(rollouts: Rollouts) -> None:
-    rollouts.push(iter([]), 4)
+    rollouts.push(iter([]), 4, no_checksums)
     got = rollouts.generate(PROMPTS, step=2, samples=1, sampling=SAMPLING, purpose="train")
     assert {t.weight_version for t in got} == {4}
 
@@ -95,3 +107,24 @@ def test_leaving_the_context_closes_the_engine(engine: EchoEngine, rollouts: Rol
     with rollouts:
         pass
     assert engine.closed
+
+
+@pytest.mark.parametrize(("verify_push", "verified"), [("always", [0, 1, 2]), ("first", [0]), ("never", [])])
+def test_pushes_are_verified_as_asked(engine: EchoEngine, verify_push: Verification, verified: list[int]) -> None:
+    rollouts = Rollouts(engine, str, run_seed=5, verify_push=verify_push)
+    asked: list[torch.dtype] = []
+
+    def checksums(dtype: torch.dtype) -> dict[str, int]:
+        asked.append(dtype)
+        return {}
+
+    assert [rollouts.push(iter([("w", torch.zeros(3, version))]), version, checksums) for version in range(3)] == [0, 12, 24]
+    assert engine.verified == verified
+    assert asked == [torch.bfloat16] * len(verified)  # in the engine's type
+
+
+def test_an_engine_that_holds_other_weights_is_an_error_that_names_them(engine: EchoEngine) -> None:
+    engine.held = {(f"w{i}", 0, 0): i for i in range(8)}
+    policy = {f"w{i}": 7 for i in range(8)}
+    with pytest.raises(RuntimeError, match=r"push of version 4: 7 tensors in rollout engine 0 are not .*: w0, w1, w2, w3, w4, \.\.\.$"):
+        Rollouts(engine, str, run_seed=5).push(iter([]), 4, lambda _: policy)

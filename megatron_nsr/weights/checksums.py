@@ -1,0 +1,99 @@
+"""Checksums of Hugging Face tensors that add up: a tensor's is the sum of those of its shards, wherever they lie.
+
+May import: models, this package, torch.distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.weights.layouts import ColumnSharded
+from megatron_nsr.weights.mapping import hf_tensor_shape, local_parameter
+from megatron_nsr.weights.push_plan import Piece, PushPlan
+
+if TYPE_CHECKING:
+    from megatron_nsr.models.policy import PolicyModel
+
+ELEMENTS = 1 << 20  # hashed at once, 8 bytes each several times over
+COLUMN_BITS = 32
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+# The mixing steps of splitmix64 (Steele, Lea, Flood 2014), its constants as signed numbers.
+INCREMENT, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+@torch.no_grad()
+def checksum(shard: Tensor, rows: Tensor, first_column: int, dtype: torch.dtype) -> Tensor:
+    """What a shard adds to its tensor's checksum: int64 [], a sum modulo 2**64 over its values in `dtype` and their places.
+
+    shard: [rows] or [rows, columns]; rows: int64 [rows], their numbers in the whole tensor; first_column: likewise.
+
+    One wrong element always changes it; several, or elements in each other's place, go unnoticed with a chance of 2**-64. Minus
+    zero and numbers below the type's smallest normal one count as zero: some kernels do not keep them.
+    """
+    matrix = shard.unsqueeze(1) if shard.ndim == 1 else shard
+    total = torch.zeros((), dtype=torch.int64, device=shard.device)
+    columns = torch.arange(first_column, first_column + matrix.size(1), device=shard.device)
+    tiny = torch.finfo(dtype).tiny
+    step = max(1, ELEMENTS // matrix.size(1))
+    for values, numbers in zip(matrix.split(step), rows.to(shard.device).split(step), strict=True):
+        values = values.to(dtype)
+        values = values.masked_fill(values.abs() < tiny, 0)
+        places = (numbers[:, None] << COLUMN_BITS) + columns
+        total += _mix(places * INCREMENT + values.view(INTEGERS[dtype])).sum()
+    return total
+
+
+@torch.no_grad()
+def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype) -> dict[str, int]:
+    """HF name: checksum of the policy's tensor in `dtype`, taken from the shards where they lie, so that no push is part of it.
+
+    Collective over the tensor- and pipeline-parallel ranks; the same on each of them. What tensor-parallel ranks hold replicated
+    is taken from the first.
+    """
+    tp, pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
+    parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+    zero = torch.zeros((), dtype=torch.int64, device=next(iter(parameters[0].values())).device)
+    sums: dict[str, Tensor] = {}
+    for piece in (piece for bucket in plan.buckets for piece in bucket.pieces):
+        sums |= dict.fromkeys(piece.entry.hf, zero)
+        if piece.where.pipeline_rank == pp.rank() and (piece.entry.layout.sharded or tp.rank() == 0):
+            _, parameter = local_parameter(piece.entry, piece.where.index, parameters[piece.where.vp_stage])
+            shards = hf_shards(piece, parameter, tp.rank(), plan.tensor, plan.shape)
+            sums |= {name: checksum(shard, rows, column, dtype) for name, shard, rows, column in shards}
+    flat = torch.stack(list(sums.values()))
+    for group in (tp, pp):
+        if group.size() > 1:
+            dist.all_reduce(flat, group=group)
+    return dict(zip(sums, flat.tolist(), strict=True))
+
+
+def hf_shards(piece: Piece, parameter: Tensor, rank: int, size: int, shape: ModelShape) -> Iterator[tuple[str, Tensor, Tensor, int]]:
+    """(HF name, the rows of it that a rank's parameter holds, their numbers in the whole tensor, its first column)."""
+    heights = [hf_tensor_shape(name, shape)[0] for name in piece.entry.hf]
+    # each row's number, from 1 on over the tensors of the entry; rows of padding have 0
+    numbered = list(torch.arange(1, sum(heights) + 1).split(heights))
+    columns_cut = isinstance(piece.entry.layout, ColumnSharded)
+    rows = numbered[0] if columns_cut else piece.entry.layout.split(numbered, rank, size, shape)
+    first_column = rank * parameter.size(1) if columns_cut else 0
+    for name, numbers in zip(piece.entry.hf, numbered, strict=True):
+        mine = (rows >= numbers[0]) & (rows <= numbers[-1])
+        whole = parameter if bool(mine.all()) else parameter[mine.to(parameter.device)]
+        yield name, whole, rows[mine] - numbers[0], first_column
+
+
+def _mix(value: Tensor) -> Tensor:
+    """splitmix64's finisher: a bijection of 64-bit integers under which near values end far apart."""
+    value = (value ^ _shift_right(value, 30)) * FIRST
+    value = (value ^ _shift_right(value, 27)) * SECOND
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """The shift of an unsigned number."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
