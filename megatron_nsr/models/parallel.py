@@ -6,10 +6,11 @@ May import: megatron.core, platform, config, types.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.hf_config import ModelShape
-from megatron_nsr.platform import cpu_patches
+from megatron_nsr.platform import cpu_patches, distributed
 from megatron_nsr.platform.distributed import TIMEOUT
 from megatron_nsr.types import UserError
 
@@ -24,13 +25,6 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
     ):
         if size % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide {field}={size}")
-    if parallel.distributed_optimizer and pipeline > 1 and shape.tie_embeddings:
-        # The tied embedding gets a bucket of its own there, and megatron-core 0.16.1 restores shards from wrong places
-        # (distrib_optimizer.py).
-        raise UserError(
-            f"parallel.distributed_optimizer=true with parallel.pipeline={pipeline}: not with tied embeddings, whose optimizer state "
-            "would not survive a checkpoint; turn one of the two off"
-        )
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")
@@ -63,8 +57,15 @@ def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size:
 
 
 def destroy_parallel() -> None:
-    """Forgets megatron-core's process groups where there are any."""
+    """Ends megatron-core's process groups where there are any. Every rank calls it."""
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    distributed.barrier()  # a rank may still be at work in one of them
+    groups = [group for group in parallel_state._global_process_group_list if group is not None]
+    parallel_state.destroy_model_parallel()
+    # megatron-core 0.16.1 ends a few of its groups and forgets the others (parallel_state.py, line 2085), with threads and connections.
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)

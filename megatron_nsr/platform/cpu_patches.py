@@ -28,7 +28,6 @@ class CallSite(NamedTuple):
 _NAMES = "install(): torch.cuda.current_device and torch.cuda.synchronize"
 _PHASE = "megatron_phase(): device='cuda', Tensor.cuda(), Tensor.type()"
 _TRACKER = "install(): the random number tracker"
-_ADAM_STEP = "install(): DistributedOptimizer._set_main_param_and_optimizer_states"
 _DEVICE_TAKEN = "the file takes its device from a parameter or the process group"
 
 PATCHED_CALL_SITES: tuple[CallSite, ...] = (
@@ -76,12 +75,6 @@ PATCHED_CALL_SITES: tuple[CallSite, ...] = (
         "reads and writes the CUDA generator's state (dropout regions, recomputation)",
         "trackers take a device",
     ),
-    CallSite(
-        "optimizer/distrib_optimizer.py",
-        _ADAM_STEP,
-        "_set_main_param_and_optimizer_states expects torch Adam's `step` among the loaded tensors, which its checkpoints do not hold",
-        "it restores `step` as it does for Apex's Adam",
-    ),
 )
 
 _CPU = torch.device("cpu")
@@ -107,7 +100,6 @@ def install() -> None:
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
     _install_random_tracker()
-    _install_adam_step()
     _installed = True
 
 
@@ -145,20 +137,6 @@ def _install_random_tracker() -> None:
     upstream._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     upstream._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     upstream._set_cuda_rng_state = lambda *_args, **_kwargs: None  # recomputation restores the CPU generator itself
-
-
-def _install_adam_step() -> None:
-    """Keeps the `step` that Adam's state has when a checkpoint's tensors are copied into it; whoever loads sets it afterwards."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    upstream = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        upstream(self, model_param, {**tensors, "step": state["step"].clone()} if "step" in state else tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
 def megatron_phase() -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import torch
 
 from megatron_nsr.config import Config, parse_config
 from megatron_nsr.models.backends import choose_backend
-from megatron_nsr.models.hf_config import read_model_shape
+from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.setup import build_actor
-from megatron_nsr.types import Outcome, Reason, Trajectory, UserError, Verdict
+from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -47,8 +48,32 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
             "distributed_optimizer": True,
         },
         "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
+        "pp2_vpp2_dp2_distributed_optimizer": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
     },
 }
+FIELDS = {layout: fields for layouts in LAYOUTS.values() for layout, fields in layouts.items()}
+# (layout that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
+MOVES: dict[int, list[tuple[str, str]]] = {
+    4: [
+        ("pp2_vpp2_dp2_distributed_optimizer", "tp2_pp2"),
+        ("pp2_vpp2_dp2_distributed_optimizer", "tp2_sp_dp2_recompute_distributed_optimizer"),
+        ("tp2_sp_dp2_recompute_distributed_optimizer", "pp2_vpp2_dp2"),
+        ("tp2_pp2", "pp2_vpp2_dp2_distributed_optimizer"),
+        ("tp2_pp2", "tp2_sp_dp2"),
+    ],
+    1: [("pp2_vpp2_dp2_distributed_optimizer", "one"), ("tp2_pp2", "one")],
+    2: [
+        *(("one", layout) for layout in LAYOUTS[2]),
+        ("pp2_vpp2_dp2_distributed_optimizer", "dp2_distributed_optimizer"),
+        ("tp2_sp_dp2_recompute_distributed_optimizer", "pp2"),
+    ],
+}
+# (model, layout that wrote a bf16 checkpoint, layout that reads and writes it again), all on 4 ranks
+BF16_DETOURS = [
+    ("tied", "pp2_vpp2_dp2_distributed_optimizer", "tp2_sp_dp2"),
+    ("untied", "tp2_sp_dp2_recompute_distributed_optimizer", "pp2_vpp2_dp2"),
+    ("tied", "tp2_pp2", "pp2_vpp2_dp2_distributed_optimizer"),
+]
 PROMPTS, SAMPLES = 4, 3
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
 
@@ -104,60 +129,87 @@ def train(actor: Actor, config: Config, vocab: int, step: int) -> dict[str, floa
     return actor.update(actor.prepare(batch, step), config.optimizer.learning_rate)
 
 
+def updated_weights(actor: Actor, shape: ModelShape) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in gather_hf_tensors(actor.chunks, shape, 1 << 16)}
+
+
+def new_actor(config: Config, shape: ModelShape) -> Actor:
+    gc.collect()  # an earlier actor's process groups keep their threads until it goes
+    return build_actor(config, shape, choose_backend("cpu"))
+
+
 def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Two steps, a checkpoint, and the third step both undisturbed and by a new actor; `folder` gets the weights after each."""
     config, shape, backend = config_of(model, dict(fields), dtype), read_model_shape(str(model)), choose_backend("cpu")
-    actor = build_actor(config, shape, backend)
+    make_folder(folder)
+    actor = new_actor(config, shape)
     metrics = [train(actor, config, shape.vocab_size, step) for step in (1, 2)]
-    weights = {name: tensor.clone() for name, tensor in gather_hf_tensors(actor.chunks, shape, 1 << 16)}
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, backend, model)
+    weights = updated_weights(actor, shape)
+    Checkpoints(folder / "checkpoints", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, backend, model)
     third = train(actor, config, shape.vocab_size, 3)
+    third_weights = updated_weights(actor, shape)
+    del actor
     if distributed.rank() == 0:
         torch.save(weights, folder / "weights.pt")
-    return {"metrics": metrics, "third": third, "resumed": resume(model, fields, folder / "checkpoints", dtype)}
+        torch.save(third_weights, folder / "third.pt")
+    return {"metrics": metrics, "third": third, "resumed": resume(model, fields, folder / "checkpoints", folder / "resumed.pt", dtype)}
 
 
-def resume(model: Path, fields: dict[str, Any], directory: Path, dtype: str = "float32") -> dict[str, float]:
-    """Step 3 of a new actor that starts from the checkpoint written after step 2."""
+def load(model: Path, fields: dict[str, Any], directory: Path, dtype: str) -> tuple[Config, Actor]:
+    """A new actor with the state of the checkpoint that was written after step 2."""
     config, shape, backend = config_of(model, dict(fields), dtype), read_model_shape(str(model)), choose_backend("cpu")
-    actor = build_actor(config, shape, backend)
+    actor = new_actor(config, shape)
     checkpoints = Checkpoints(directory, keep=1)
     latest = checkpoints.latest()
     assert latest is not None
     saved = checkpoints.load(latest, actor.wrapped, actor.optimizer, backend)
     assert (saved["step"], saved["weight_version"]) == (2, 2)
-    return train(actor, config, shape.vocab_size, 3)
+    return config, actor
 
 
-def resume_or_refuse(model: Path, fields: dict[str, Any], directory: Path) -> dict[str, float] | str:
-    try:
-        return resume(model, fields, directory)
-    except UserError as error:
-        return str(error)
+def resume(model: Path, fields: dict[str, Any], directory: Path, weights: Path, dtype: str = "float32") -> dict[str, float]:
+    """Step 3 from a checkpoint; the weights after it go to the file `weights`."""
+    config, actor = load(model, fields, directory, dtype)
+    shape = read_model_shape(str(model))
+    metrics = train(actor, config, shape.vocab_size, 3)
+    after = updated_weights(actor, shape)
+    if distributed.rank() == 0:
+        torch.save(after, weights)
+    return metrics
+
+
+def take_detour(model: Path, layout: str, detour: str, folder: Path) -> dict[str, Any]:
+    """A bf16 checkpoint of `layout` is read and written again by `detour`, and continues at `layout`."""
+    found = run_layout(model, FIELDS[layout], folder, "bfloat16")
+    _, actor = load(model, FIELDS[detour], folder / "checkpoints", "bfloat16")
+    Checkpoints(folder / "again", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, choose_backend("cpu"), model)
+    return found | {"returned": resume(model, FIELDS[layout], folder / "again", folder / "returned.pt", "bfloat16")}
+
+
+def make_folder(folder: Path) -> None:
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", help="a layout of another world size whose checkpoint every layout here loads")
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     distributed.init_process_group()
-    found = {}
-    for layout, fields in LAYOUTS[distributed.world_size()].items():
-        for model in ("tied", "untied"):
-            folder = arguments.out / layout / model
-            if distributed.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-            distributed.barrier()
-            found[f"{layout}/{model}"] = run_layout(arguments.models / model, fields, folder)
-        if arguments.resume:
-            source = arguments.out / arguments.resume / "tied" / "checkpoints"
-            found[f"{layout}/tied"]["resharded"] = resume_or_refuse(arguments.models / "tied", fields, source)
-    if distributed.world_size() == 2:
-        folder = arguments.out / "bf16"
-        found["bf16"] = run_layout(arguments.models / "untied", {"tensor": 2}, folder, dtype="bfloat16")
+    world, models, out = distributed.world_size(), arguments.models, arguments.out
+    found: dict[str, Any] = {}
+    for model in ("tied", "untied"):
+        for layout, fields in LAYOUTS[world].items():
+            found[f"{layout}/{model}"] = run_layout(models / model, fields, out / layout / model)
+        for source, layout in MOVES[world]:
+            weights = out / layout / model / f"from_{source}.pt"
+            found[f"{source}-{layout}/{model}"] = resume(models / model, FIELDS[layout], out / source / model / "checkpoints", weights)
+    if world == 4:
+        for model, layout, detour in BF16_DETOURS:
+            found[f"bf16/{layout}"] = take_detour(models / model, layout, detour, out / "bf16" / layout)
     if distributed.rank() == 0:
         arguments.results.write_text(json.dumps(found))
     distributed.barrier()
