@@ -150,14 +150,18 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
-    """Weights and optimizer in torch_dist format; `directory` exists and is empty."""
+    """Weights and optimizer in torch_dist format; `directory` exists and is empty. Raises OSError where it cannot be written."""
     # On any device megatron-core 0.16.1 would start a manager process for the writer's results (strategies/filesystem_async.py), also
     # for a save in the foreground: it takes two seconds, and SIGTERM to a whole job kills it before the checkpoint that it asks for.
     filesystem_async._results_queue = queue.SimpleQueue()
     with backend.phase():
         state = _model_state(wrapped)
         state["optimizer"] = OptimizerState(optimizer, state).to_save()
-        dist_checkpointing.save(state, str(directory), get_default_save_sharded_strategy("torch_dist"))
+        try:
+            dist_checkpointing.save(state, str(directory), get_default_save_sharded_strategy("torch_dist"))
+        except CheckpointException as error:
+            free = shutil.disk_usage(directory).free >> 20
+            raise OSError(f"checkpoint {directory}: cannot be written, with {free} MiB free there ({_cause(error)})") from error
 
 
 def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, backend: Backend) -> None:
@@ -224,6 +228,11 @@ def _readable(directory: Path) -> Iterator[None]:
     except torch.OutOfMemoryError:  # a RuntimeError, and no damage
         raise
     except DAMAGE as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
-        said = " ".join(str(cause).split()).split(". ")[0][:300]  # torch goes on with advice that is not for broken files
-        raise UserError(f"checkpoint {directory}: cannot be read ({type(cause).__name__}: {said}); {REMEDY}") from error
+        raise UserError(f"checkpoint {directory}: cannot be read ({_cause(error)}); {REMEDY}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong, without torch's advice for files that are whole; the first rank's where torch gathered it from several."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. In PyTorch')[0][:300]}"

@@ -38,7 +38,8 @@ def results(out: Path) -> dict[str, Any]:
         write_tiny_model(out / "models" / name, "qwen3", tied=name == "tied")
     found: dict[str, Any] = {}
     for world in (4, 1, 2):
-        found |= run_cases("tests.distributed.training_cases", world, ["--models", str(out / "models"), "--out", str(out)])
+        arguments = ["--models", str(out / "models"), "--out", str(out)]
+        found |= run_cases("tests.distributed.training_cases", world, arguments, timeout_s=900)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +145,22 @@ def test_a_checkpoint_before_the_first_update_is_restored(model: Path, trained: 
     restore(tmp_path / "step_0", actor)
     start = weights(fresh)
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(actor).items())
+
+
+def test_a_save_that_cannot_write_leaves_the_older_checkpoint(model: Path, tmp_path: Path) -> None:
+    actor = actor_of(model, "bfloat16")
+
+    def save(step: int) -> None:
+        Checkpoints(tmp_path, keep=1).save(step, {}, actor.wrapped, actor.optimizer, actor.backend, model)
+
+    save(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # enough for the generators, too little for the weights
+    try:
+        with pytest.raises(OSError, match=rf"checkpoint {tmp_path}/.partial-step_2/state: cannot be written, with \d+ MiB free there"):
+            save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_description(tmp_path / "latest")["step"] == 1
+    save(2)
+    assert read_description(tmp_path / "latest")["step"] == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2"]
