@@ -12,13 +12,13 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed.launcher import run_cases
-from tests.distributed.training_cases import BF16_DETOURS, LAYOUTS, MOVES
+from tests.distributed.training_cases import CASES, DETOURS, MOVES
 from tests.tiny_models import write_tiny_model
 
-PARALLEL = [f"{layout}/{model}" for world in LAYOUTS for layout in LAYOUTS[world] if layout != "one" for model in ("tied", "untied")]
-DETOURS = [f"bf16/{layout}" for _, layout, _ in BF16_DETOURS]
-EVERY = ["one/tied", "one/untied", *PARALLEL, *DETOURS]
-CONTINUED = [(source, layout, model) for world in MOVES for source, layout in MOVES[world] for model in ("tied", "untied")]
+PARALLEL = [case for cases in CASES.values() for case in cases if not case.startswith("one/")]
+BF16 = [f"bf16/{case}" for case, _ in DETOURS]
+EVERY = ["one/tied", "one/untied", *PARALLEL, *BF16]
+CONTINUED = [move for moves in MOVES.values() for move in moves]
 # Log-prob gaps are against random numbers here; they follow from the log-probs that are compared.
 COMPARED = ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/logprob", "rollout/correction_mean")
 BY_SIGN = ("policy/loss", "policy/entropy", "policy/logprob", "policy/grad_norm_head")
@@ -91,22 +91,22 @@ def test_a_resumed_actor_continues_bit_for_bit(results: dict[str, Any], out: Pat
     assert identical(out / case / "resumed.pt", out / case / "third.pt")
 
 
-@pytest.mark.parametrize(("source", "layout", "model"), CONTINUED)
-def test_a_checkpoint_continues_at_another_layout(results: dict[str, Any], out: Path, source: str, layout: str, model: str) -> None:
-    same(results[f"{source}-{layout}/{model}"], results[f"one/{model}"]["third"])
-    close(torch.load(out / layout / model / f"from_{source}.pt"), torch.load(out / "one" / model / "third.pt"))
+@pytest.mark.parametrize(("case", "layout"), CONTINUED)
+def test_a_checkpoint_continues_at_another_layout(results: dict[str, Any], out: Path, case: str, layout: str) -> None:
+    undisturbed = f"one/{case.split('/')[1]}"
+    same(results[f"{case}-{layout}"], results[undisturbed]["third"])
+    close(torch.load(out / case / f"at_{layout}.pt"), torch.load(out / undisturbed / "third.pt"))
 
 
-@pytest.mark.parametrize("case", DETOURS)
+@pytest.mark.parametrize("case", BF16)
 def test_nothing_is_lost_by_way_of_another_layout(results: dict[str, Any], out: Path, case: str) -> None:
     assert results[case]["returned"] == results[case]["third"]
     assert identical(out / case / "returned.pt", out / case / "third.pt")
     assert not identical(out / case / "third.pt", out / case / "weights.pt")
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
-def test_ranks_write_a_distributed_optimizer_in_equal_parts(results: dict[str, Any], out: Path, model: str) -> None:
-    metadata = FileSystemReader(out / "dp2_distributed_optimizer" / model / "checkpoints" / "step_2" / "state").read_metadata()
+def test_ranks_write_a_distributed_optimizer_in_equal_parts(results: dict[str, Any], out: Path) -> None:
+    metadata = FileSystemReader(out / "dp2_distributed" / "untied" / "checkpoints" / "step_2" / "state").read_metadata()
     elements, largest = Counter[str](), 0
     for index, stored in metadata.storage_data.items():
         if index.fqn.startswith("optimizer.state.exp_avg."):

@@ -23,57 +23,52 @@ from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {
-        "one": {},
-        "one_recompute": {"recompute": "full"},
-        "one_selective": {"recompute": "selective"},
-        "one_small_micro_batches": {"tokens_per_micro_batch": 24},
-    },
-    2: {
-        "dp2": {},
-        "dp2_distributed_optimizer": {"distributed_optimizer": True},
-        "tp2": {"tensor": 2},
-        "tp2_sp": {"tensor": 2, "sequence": True},
-        "pp2": {"pipeline": 2},
-        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
-    },
-    4: {
-        "tp2_pp2": {"tensor": 2, "pipeline": 2},
-        "tp2_sp_dp2": {"tensor": 2, "sequence": True},
-        "tp2_sp_dp2_recompute_distributed_optimizer": {
-            "tensor": 2,
-            "sequence": True,
-            "recompute": "full",
-            "distributed_optimizer": True,
-        },
-        "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
-        "pp2_vpp2_dp2_distributed_optimizer": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
-    },
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "one_recompute": {"recompute": "full"},
+    "one_selective": {"recompute": "selective"},
+    "one_small_micro_batches": {"tokens_per_micro_batch": 24},
+    "dp2": {},
+    "dp2_distributed": {"distributed_optimizer": True},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "tp2_sp_dp2": {"tensor": 2, "sequence": True},
+    "tp2_sp_dp2_distributed_recompute": {"tensor": 2, "sequence": True, "distributed_optimizer": True, "recompute": "full"},
+    "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp2_vpp2_dp2_distributed": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
 }
-FIELDS = {layout: fields for layouts in LAYOUTS.values() for layout, fields in layouts.items()}
-# (layout that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
+# layout/model by world size: every kind of parallelism meets tied and untied embeddings.
+CASES: dict[int, list[str]] = {
+    1: ["one/tied", "one/untied", "one_recompute/tied", "one_selective/untied", "one_small_micro_batches/tied"],
+    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied"],
+    4: [
+        "tp2_pp2/tied",
+        "tp2_sp_dp2/untied",
+        "tp2_sp_dp2_distributed_recompute/tied",
+        "pp2_vpp2_dp2/untied",
+        "pp2_vpp2_dp2_distributed/tied",
+    ],
+}
+# (case that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
 MOVES: dict[int, list[tuple[str, str]]] = {
     4: [
-        ("pp2_vpp2_dp2_distributed_optimizer", "tp2_pp2"),
-        ("pp2_vpp2_dp2_distributed_optimizer", "tp2_sp_dp2_recompute_distributed_optimizer"),
-        ("tp2_sp_dp2_recompute_distributed_optimizer", "pp2_vpp2_dp2"),
-        ("tp2_pp2", "pp2_vpp2_dp2_distributed_optimizer"),
-        ("tp2_pp2", "tp2_sp_dp2"),
+        ("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2_distributed_recompute"),
+        ("tp2_sp_dp2_distributed_recompute/tied", "pp2_vpp2_dp2"),
+        ("tp2_pp2/tied", "pp2_vpp2_dp2_distributed"),
     ],
-    1: [("pp2_vpp2_dp2_distributed_optimizer", "one"), ("tp2_pp2", "one")],
+    1: [("pp2_vpp2_dp2_distributed/tied", "one"), ("tp2_sp_dp2/untied", "one")],
     2: [
-        *(("one", layout) for layout in LAYOUTS[2]),
-        ("pp2_vpp2_dp2_distributed_optimizer", "dp2_distributed_optimizer"),
-        ("tp2_sp_dp2_recompute_distributed_optimizer", "pp2"),
+        ("one/untied", "dp2_distributed"),
+        ("one/tied", "tp2_sp"),
+        ("pp2_vpp2_dp2_distributed/tied", "pp2"),
+        ("pp2_vpp2_dp2/untied", "tp2"),
     ],
 }
-# (model, layout that wrote a bf16 checkpoint, layout that reads and writes it again), all on 4 ranks
-BF16_DETOURS = [
-    ("tied", "pp2_vpp2_dp2_distributed_optimizer", "tp2_sp_dp2"),
-    ("untied", "tp2_sp_dp2_recompute_distributed_optimizer", "pp2_vpp2_dp2"),
-    ("tied", "tp2_pp2", "pp2_vpp2_dp2_distributed_optimizer"),
-]
+# (case that wrote a bf16 checkpoint, layout that reads and writes it again), on 4 ranks
+DETOURS = [("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"), ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed")]
 PROMPTS, SAMPLES = 4, 3
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
 
@@ -180,10 +175,11 @@ def resume(model: Path, fields: dict[str, Any], directory: Path, weights: Path, 
 
 def take_detour(model: Path, layout: str, detour: str, folder: Path) -> dict[str, Any]:
     """A bf16 checkpoint of `layout` is read and written again by `detour`, and continues at `layout`."""
-    found = run_layout(model, FIELDS[layout], folder, "bfloat16")
-    _, actor = load(model, FIELDS[detour], folder / "checkpoints", "bfloat16")
+    found = run_layout(model, LAYOUTS[layout], folder, "bfloat16")
+    _, actor = load(model, LAYOUTS[detour], folder / "checkpoints", "bfloat16")
     Checkpoints(folder / "again", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, choose_backend("cpu"), model)
-    return found | {"returned": resume(model, FIELDS[layout], folder / "again", folder / "returned.pt", "bfloat16")}
+    del actor
+    return found | {"returned": resume(model, LAYOUTS[layout], folder / "again", folder / "returned.pt", "bfloat16")}
 
 
 def make_folder(folder: Path) -> None:
@@ -201,15 +197,15 @@ def main() -> None:
     distributed.init_process_group()
     world, models, out = distributed.world_size(), arguments.models, arguments.out
     found: dict[str, Any] = {}
-    for model in ("tied", "untied"):
-        for layout, fields in LAYOUTS[world].items():
-            found[f"{layout}/{model}"] = run_layout(models / model, fields, out / layout / model)
-        for source, layout in MOVES[world]:
-            weights = out / layout / model / f"from_{source}.pt"
-            found[f"{source}-{layout}/{model}"] = resume(models / model, FIELDS[layout], out / source / model / "checkpoints", weights)
-    if world == 4:
-        for model, layout, detour in BF16_DETOURS:
-            found[f"bf16/{layout}"] = take_detour(models / model, layout, detour, out / "bf16" / layout)
+    for case in CASES[world]:
+        layout, model = case.split("/")
+        found[case] = run_layout(models / model, LAYOUTS[layout], out / case)
+    for case, layout in MOVES[world]:
+        weights = out / case / f"at_{layout}.pt"
+        found[f"{case}-{layout}"] = resume(models / case.split("/")[1], LAYOUTS[layout], out / case / "checkpoints", weights)
+    for case, detour in DETOURS if world == 4 else ():
+        layout, model = case.split("/")
+        found[f"bf16/{case}"] = take_detour(models / model, layout, detour, out / "bf16" / case)
     if distributed.rank() == 0:
         arguments.results.write_text(json.dumps(found))
     distributed.barrier()
