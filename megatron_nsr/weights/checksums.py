@@ -63,7 +63,7 @@ def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch
     for piece in (piece for bucket in plan.buckets for piece in bucket.pieces):
         sums |= dict.fromkeys(piece.entry.hf, zero)
         if piece.where.pipeline_rank == pp.rank() and (piece.entry.layout.sharded or tp.rank() == 0):
-            _, parameter = local_parameter(piece.entry, piece.where.index, parameters[piece.where.vp_stage])
+            _, parameter = local_parameter(piece.entry, piece.where, parameters[piece.where.vp_stage])
             shards = hf_shards(piece, parameter, tp.rank(), plan.tensor, plan.shape)
             sums |= {name: checksum(shard, rows, column, dtype) for name, shard, rows, column in shards}
     flat = torch.stack(list(sums.values()))

@@ -73,7 +73,7 @@ class _Rank:
 
     def local(self, piece: Piece) -> Tensor:
         """This rank's shard of a parameter that its stage owns. Raises RuntimeError where its shape is not the planned one."""
-        name, parameter = local_parameter(piece.entry, piece.where.index, self.parameters[piece.where.vp_stage])
+        name, parameter = local_parameter(piece.entry, piece.where, self.parameters[piece.where.vp_stage])
         if parameter.shape != piece.shape:
             raise RuntimeError(f"{name} has shape {tuple(parameter.shape)}, the push plan expects {piece.shape}")
         return parameter.detach()
