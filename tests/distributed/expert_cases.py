@@ -1,4 +1,4 @@
-"""Program for torchrun: updates of a mixture of experts on recorded trajectories, over the layouts of one world size."""
+"""Program for torchrun: a mixture of experts over the layouts of one world size: pushes, updates, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.weights.checksums import policy_checksums
 from megatron_nsr.weights.gathering import execute_push_plan, plan_for
-from tests.distributed.training_cases import config_of, train
+from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
+from tests.checksums import whole_checksums
+from tests.distributed.training_cases import config_of, resume, run_layout
 
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
@@ -28,15 +30,12 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "dp2": {},
         "ep2": {"expert": 2},
         "ep2_small_micro_batches": {"expert": 2, "tokens_per_micro_batch": 24},
-        "ep2_distributed_optimizer": {"expert": 2, "distributed_optimizer": True},
-        "ep2_recompute": {"expert": 2, "recompute": "full"},
+        "ep2_recompute_distributed_optimizer": {"expert": 2, "recompute": "full", "distributed_optimizer": True},
         "tp2_sp": {"tensor": 2, "sequence": True},
         "tp2_sp_ep2": {"tensor": 2, "sequence": True, "expert": 2},
-        "pp2": {"pipeline": 2},
         "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     },
     4: {
-        "ep4": {"expert": 4},
         "dp4_ep2_distributed_optimizer": {"expert": 2, "distributed_optimizer": True},
         "pp2_ep2": {"pipeline": 2, "expert": 2},
         "pp2_vpp2_ep2": {"pipeline": 2, "virtual_pipeline": 2, "expert": 2},
@@ -45,20 +44,26 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2_sp_pp2_ep2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
     },
 }
+FIELDS = {layout: {"router_aux_loss": 0.01} | fields for layouts in LAYOUTS.values() for layout, fields in layouts.items()}
+# (layout that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
+MOVES: dict[int, list[tuple[str, str]]] = {
+    4: [("tp2_sp_dp2_ep2_distributed_optimizer", "pp2_vpp2_ep2"), ("pp2_ep2", "dp4_ep2_distributed_optimizer")],
+    1: [("dp4_ep2_distributed_optimizer", "one"), ("tp2_sp_dp2_ep4", "one")],
+    2: [("one", "ep2"), ("one", "ep2_recompute_distributed_optimizer"), ("tp2_sp_pp2_ep2", "tp2_sp"), ("pp2_vpp2_ep2", "tp2_sp_ep2")],
+}
 
 
-def run_layout(model: Path, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    config, shape, backend = config_of(model, {"router_aux_loss": 0.01} | fields), read_model_shape(str(model)), choose_backend("cpu")
-    actor = build_actor(config, shape, backend)
-    plan = plan_for(actor.chunks, shape, 1 << 16)
-    loaded = {name: tensor.clone() for name, tensor in execute_push_plan(plan, actor.chunks)}
-    metrics = [train(actor, config, shape.vocab_size, step) for step in (1, 2)]
-    updated = {name: tensor.clone() for name, tensor in execute_push_plan(plan, actor.chunks)}
-    sums = policy_checksums(plan, actor.chunks, torch.float32)
-    if distributed.rank() == distributed.world_size() - 1:
-        folder.mkdir(parents=True)
-        torch.save((loaded, updated, sums), folder / "weights.pt")
-    return {"metrics": metrics}
+def push(model: Path, layout: str) -> dict[str, bool]:
+    """Whether a push hands out what was loaded, bit for bit, and the checksums of the shards are those of the whole tensors."""
+    shape = read_model_shape(str(model))
+    actor = build_actor(config_of(model, dict(FIELDS[layout])), shape, choose_backend("cpu"), training=False)
+    plan = plan_for(actor.chunks, shape, 1 << 15)
+    pushed = dict(execute_push_plan(plan, actor.chunks))
+    with SafetensorsDirectory(str(model)) as files:
+        equal = pushed.keys() == files.keys() and all(torch.equal(pushed[name], files[name]) for name in files)
+        sums = policy_checksums(plan, actor.chunks, torch.float32)
+        same_sums = sums == whole_checksums(((name, files[name]) for name in files), torch.float32)
+    return {name: all(distributed.all_gather_object(value)) for name, value in (("equal", equal), ("same_sums", same_sums))}
 
 
 def main() -> None:
@@ -68,8 +73,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     distributed.init_process_group()
-    layouts = LAYOUTS[distributed.world_size()]
-    found = {layout: run_layout(arguments.model, fields, arguments.out / layout) for layout, fields in layouts.items()}
+    world, model, out = distributed.world_size(), arguments.model, arguments.out
+    found: dict[str, Any] = {}
+    for layout in LAYOUTS[world]:
+        found[layout] = run_layout(model, FIELDS[layout], out / layout) | {"push": push(model, layout)}
+    for source, layout in MOVES[world]:
+        found[f"{source}-{layout}"] = resume(
+            model, FIELDS[layout], out / source / "checkpoints", out / layout / f"from_{source}.pt"
+        )  # fmt: skip
     if distributed.rank() == 0:
         arguments.results.write_text(json.dumps(found))
     distributed.barrier()
