@@ -51,6 +51,9 @@ class ParallelConfig(Section):
     pipeline: Positive = Field(1, description="pipeline stages")
     virtual_pipeline: Positive = Field(1, description="model chunks a pipeline stage (interleaved schedule when above 1)")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel ranks")
+    expert: Positive = Field(
+        1, description="ranks over which a layer's experts are spread, out of the tensor- and data-parallel ranks of a pipeline stage"
+    )
     distributed_optimizer: bool = Field(False, description="shard optimizer states over data-parallel ranks")
 
 
@@ -131,6 +134,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
+    router_aux_loss: NonNegativeFloat = Field(
+        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
     )

@@ -28,6 +28,7 @@ class CallSite(NamedTuple):
 _NAMES = "install(): torch.cuda.current_device and torch.cuda.synchronize"
 _PHASE = "megatron_phase(): device='cuda', Tensor.cuda(), Tensor.type()"
 _TRACKER = "install(): the random number tracker"
+_ROUTER = "install(): moe_utils.te_general_gemm"
 _DEVICE_TAKEN = "the file takes its device from a parameter or the process group"
 
 PATCHED_CALL_SITES: tuple[CallSite, ...] = (
@@ -75,6 +76,12 @@ PATCHED_CALL_SITES: tuple[CallSite, ...] = (
         "reads and writes the CUDA generator's state (dropout regions, recomputation)",
         "trackers take a device",
     ),
+    CallSite(
+        "transformer/moe/moe_utils.py",
+        _ROUTER,
+        "RouterGatingLinearFunction reads te_general_gemm, which is not defined where Transformer Engine cannot be imported",
+        "it is None there, as in extensions/transformer_engine.py",
+    ),
 )
 
 _CPU = torch.device("cpu")
@@ -100,6 +107,7 @@ def install() -> None:
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
     _install_random_tracker()
+    _install_router_product()
     _installed = True
 
 
@@ -137,6 +145,14 @@ def _install_random_tracker() -> None:
     upstream._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     upstream._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     upstream._set_cuda_rng_state = lambda *_args, **_kwargs: None  # recomputation restores the CPU generator itself
+
+
+def _install_router_product() -> None:
+    """Lets the router fall back to torch's matrix product."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def megatron_phase() -> contextlib.AbstractContextManager[Any]:

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss
+from megatron_nsr.training.load_balancing import aux_loss_metric, balance_mini_batch
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.optimizer import set_learning_rate
 from megatron_nsr.training.packing import pack_micro_batches, with_old_logprobs
@@ -30,6 +31,7 @@ from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
 MicroBatches = list[TrainBatch]
 HeadWork = tuple[HeadInputs, LossTerms]  # what the model hands to its head as labels
+Work = tuple[TrainBatch, HeadWork, LoadBalancing | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,15 @@ class Actor:
         terms: LossTerms,
         own_loss: OwnLoss | None,
         tokens_per_micro_batch: int,
+        router_aux_loss: float,
         diagnostics: Diagnostics,
     ) -> None:
         self.chunks = list(chunks)  # the bare model
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
         self.terms, self.own_loss = terms, own_loss
-        self.budget, self.diagnostics = tokens_per_micro_batch, diagnostics
+        self.budget, self.router_aux_loss, self.diagnostics = tokens_per_micro_batch, router_aux_loss, diagnostics
         config = self.wrapped[0].config
+        self._in_step = config.expert_model_parallel_size > 1
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
         self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
@@ -111,10 +115,13 @@ class Actor:
         Raises FloatingPointError when a gradient norm or the loss is not finite, before anything is saved.
         """
         set_learning_rate(self.optimizer, learning_rate)
-        sums, grad_norms, kept = [], [], prepared.kept
+        sums, grad_norms, balanced, kept = [], [], [], prepared.kept
         compared = self._compare_signs(prepared.mini_batches[0]) if prepared.compare_signs and prepared.mini_batches else {}
         for micro_batches in prepared.mini_batches:
-            outputs = self._forward_backward(micro_batches, sign_norms=prepared.sign_norms)
+            balancing = balance_mini_batch(micro_batches, self.router_aux_loss, self.groups) if self.router_aux_loss else None
+            outputs = self._forward_backward(micro_batches, balancing=balancing, sign_norms=prepared.sign_norms)
+            if balancing:
+                balanced.append(balancing)
             if micro_batches[0].old_logprobs is None:
                 kept = measure(micro_batches, outputs)
             sums.append(measure_update(micro_batches, outputs, self.terms))
@@ -122,6 +129,7 @@ class Actor:
         metrics = update_metrics(sums, grad_norms, self.groups)
         if not math.isfinite(loss := metrics.get("policy/loss", 0.0)):  # a clipped token without a log-prob spoils no gradient
             raise FloatingPointError(f"policy loss is {loss}: the update was lost; the last checkpoint is unharmed")
+        metrics |= aux_loss_metric(balanced, self.wrapped[0].config.num_layers, self.groups)
         measured = measured_metrics(kept, prepared.probed, prepared.probe_weight, self.groups)
         return {"policy/learning_rate": learning_rate, **measured, **metrics, **compared}
 
@@ -145,6 +153,7 @@ class Actor:
             data_parallel_size=self.groups.data_size,
             count_multiple=self._count_multiple,
             token_multiple=self._token_multiple,
+            in_step=self._in_step,
             device=self.groups.device,
         )
 
@@ -167,7 +176,12 @@ class Actor:
         return compare_gradients(self.optimizer, positive, of_sign(-1.0), self.groups.device)
 
     def _forward_backward(
-        self, micro_batches: MicroBatches, *, terms: LossTerms | None = None, sign_norms: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        terms: LossTerms | None = None,
+        balancing: Sequence[LoadBalancing] | None = None,
+        sign_norms: bool = False,
     ) -> list[HeadOutputs]:
         """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
         with self.backend.phase():
@@ -192,12 +206,20 @@ class Actor:
             )
             for micro in micro_batches
         ]
-        return self._run(micro_batches, inputs, terms=terms, forward_only=False)
+        return self._run(micro_batches, inputs, terms=terms, balancing=balancing, forward_only=False)
 
     def _run(
-        self, micro_batches: MicroBatches, inputs: Sequence[HeadInputs], *, terms: LossTerms | None = None, forward_only: bool
+        self,
+        micro_batches: MicroBatches,
+        inputs: Sequence[HeadInputs],
+        *,
+        terms: LossTerms | None = None,
+        balancing: Sequence[LoadBalancing] | None = None,
+        forward_only: bool,
     ) -> list[HeadOutputs]:
-        work = [(micro, (head_inputs, terms or self.terms)) for micro, head_inputs in zip(micro_batches, inputs, strict=True)]
+        labels = [(head_inputs, terms or self.terms) for head_inputs in inputs]
+        balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
+        work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
         several = len(self.wrapped) > 1
         with self.backend.phase():
             outputs = get_forward_backward_func()(
@@ -223,15 +245,16 @@ def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _forward_step(work: Iterator[tuple[TrainBatch, HeadWork]], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
+def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
     """What megatron-core's schedule calls for each micro-batch and chunk."""
-    batch, labels = next(work)
-    packing = PackedSeqParams(
+    batch, labels, balancing = next(work)
+    packing = BalancedPacking(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        balancing=balancing,
     )
     output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
     return output, lambda head: (head.loss, head)

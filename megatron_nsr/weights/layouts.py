@@ -83,6 +83,19 @@ class FusedGateUp:
 
 
 @dataclass(frozen=True)
+class WholeGateUp:
+    """All rows of the gate, then all rows of the up projection: an expert, which is not cut over tensor-parallel ranks."""
+
+    sharded = False
+
+    def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor:
+        return torch.cat(list(tensors), dim=0)
+
+    def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
+        return shards[0].chunk(2, dim=0)
+
+
+@dataclass(frozen=True)
 class PaddedVocabulary:
     """Rows of the vocabulary cut along dimension 0, after zero rows up to a multiple of the ranks."""
 

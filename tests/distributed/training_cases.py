@@ -75,7 +75,7 @@ VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reaso
 
 def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Config:
     """Learning rate and clip range are such that some ratios leave the range in the second mini-batch."""
-    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch") if name in fields}
+    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch", "router_aux_loss") if name in fields}
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 3},

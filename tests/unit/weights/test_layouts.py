@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_nsr.models.hf_config import FAMILIES, ModelShape
+from megatron_nsr.models.hf_config import FAMILIES, MixtureOfExperts, ModelShape
 from megatron_nsr.weights.mapping import HEAD, LAYER_ENTRIES, Entry, hf_tensor_shape, locate_layer, whole_model_entries
 
 SHAPE = ModelShape(
@@ -28,16 +28,17 @@ SHAPE = ModelShape(
     max_positions=64,
     initializer_range=0.02,
 )
-ENTRIES = {entry.megatron: entry for family in FAMILIES for _, entry in whole_model_entries(replace(SHAPE, family=family))}
+SHAPES = {family: replace(SHAPE, family=family, moe=MixtureOfExperts(3, 2, 7, True) if "moe" in family else None) for family in FAMILIES}
+ENTRIES = {f"{family}.{entry.megatron}": (entry, shape) for family, shape in SHAPES.items() for _, entry in whole_model_entries(shape)}
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+@pytest.mark.parametrize(("entry", "shape"), ENTRIES.values(), ids=ENTRIES.keys())
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
-def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, tensor: int, data: st.DataObject) -> None:
+def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, shape: ModelShape, tensor: int, data: st.DataObject) -> None:
     shape = replace(
-        SHAPE,
+        shape,
         vocab_size=data.draw(st.integers(1, 40)),
         head_dim=data.draw(st.integers(1, 5)),
         heads=4 * data.draw(st.integers(1, 3)),
