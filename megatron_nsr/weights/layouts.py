@@ -14,15 +14,23 @@ from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
 
+Offset = tuple[int, ...]
+
 
 class Layout(Protocol):
-    """`split` gives rank `rank` of `size` its shard of the joined parameter; `join` of all shards gives the tensors back, bitwise."""
+    """`split` gives rank `rank` of `size` its shard of the joined parameter; `join` of all shards gives the tensors back, bitwise.
+
+    The whole parameter is the shard of one rank of one. `pieces` says where in it the parts of a rank's shard lie: that is how
+    checkpoints hold parameters. What `join` returns may be views of a single shard.
+    """
 
     sharded: bool  # False: every tensor-parallel rank holds the whole parameter
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor: ...
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]: ...
+
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,9 @@ class Replicated:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (shards[0],)
 
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+        return ((_offset(shard, 0, 0), shard),)
+
 
 @dataclass(frozen=True)
 class ColumnSharded:
@@ -48,7 +59,10 @@ class ColumnSharded:
         return tensors[0].chunk(size, dim=1)[rank]
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=1),)
+        return (_joined(shards, dim=1),)
+
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+        return ((_offset(shard, 1, rank), shard),)
 
 
 @dataclass(frozen=True)
@@ -62,10 +76,13 @@ class FusedQKV:
         return torch.cat(groups, dim=1).flatten(0, 1)
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
-        fused = torch.cat(list(shards), dim=0)
+        fused = _joined(shards, dim=0)
         by_group = fused.reshape(shape.query_groups, -1, *fused.shape[1:])
         queries = shape.heads // shape.query_groups * shape.head_dim
         return tuple(x.flatten(0, 1) for x in by_group.split([queries, shape.head_dim, shape.head_dim], dim=1))
+
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+        return ((_offset(shard, 0, rank), shard),)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,11 @@ class FusedGateUp:
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2, dim=0) for shard in shards]
-        return tuple(torch.cat([half[i] for half in halves], dim=0) for i in range(2))
+        return tuple(_joined([half[i] for half in halves], dim=0) for i in range(2))
+
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+        gate, up = shard.chunk(2, dim=0)
+        return (_offset(gate, 0, rank), gate), (_offset(up, 0, size + rank), up)
 
 
 @dataclass(frozen=True)
@@ -94,4 +115,17 @@ class PaddedVocabulary:
         return torch.cat([shard, shard.new_zeros(rows - shard.size(0), *shard.shape[1:])], dim=0)
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=0)[: shape.vocab_size],)
+        return (_joined(shards, dim=0)[: shape.vocab_size],)
+
+    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+        return ((_offset(shard, 0, rank), shard),)
+
+
+def _joined(shards: Sequence[Tensor], dim: int) -> Tensor:
+    """The shards one after another along `dim`; one alone is not copied."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
+
+
+def _offset(piece: Tensor, dim: int, index: int) -> Offset:
+    """Where piece `index` of equal ones along `dim` starts."""
+    return tuple(index * size if i == dim else 0 for i, size in enumerate(piece.shape))

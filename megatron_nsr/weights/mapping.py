@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Entry:
     """One parameter and the HF tensors it is made of; `{layer}` stands for a layer's number in all names.
 
-    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them.
+    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them; checkpoints of either
+        backend use this name.
     tied_copy: the last stage's copy of a tied embedding: loaded from the embedding's tensor, never exported.
     """
 
@@ -35,6 +36,11 @@ class Entry:
     def of_layer(self, layer: int) -> tuple[str, ...]:
         """The HF names for one global layer."""
         return tuple(name.format(layer=layer) for name in self.hf)
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The parameter's name in a checkpoint, which holds all layers of a kind as one tensor, the layer being its first dimension."""
+        return (self.te_name or self.megatron).replace("{layer}.", "")
 
 
 _LAYER = "decoder.layers.{layer}."
