@@ -53,7 +53,8 @@ class StoredPiece:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> StoredPiece:
         """What `asdict` made, after JSON turned its tuples into lists."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**fields)
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> list[StoredPiece]:
