@@ -59,19 +59,19 @@ def part_pieces(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfi
     for layer, entry in part.entries:
         index, counts = _leading(layer, shape)
         whole = counts + _whole_sizes(entry, shape, parallel.tensor)
-        shard = entry.layout.split([tensors[name] for name in entry.hf], part.tensor_rank, parallel.tensor, shape)
-        for offset, piece in entry.layout.pieces(shard, part.tensor_rank, parallel.tensor):
+        values = [tensors[name] for name in entry.hf]
+        for offset, piece in entry.layout.pieces(values, part.tensor_rank, parallel.tensor, shape):
             yield Piece(entry.checkpoint_key, index + offset, whole, piece.reshape((1,) * len(index) + piece.shape))
 
 
 def part_bytes(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfig, element_size: int) -> int:
     """Bytes of weights in the part."""
-    shards = (_meta_shard(entry, shape, part.tensor_rank, parallel.tensor) for _, entry in part.entries)
-    return sum(shard.numel() for shard in shards) * element_size
+    pieces = (piece for _, entry in part.entries for _, piece in _meta_pieces(entry, shape, part.tensor_rank, parallel.tensor))
+    return sum(piece.numel() for piece in pieces) * element_size
 
 
 def read_entry(reader: TorchDistReader, layer: int | None, entry: Entry, shape: ModelShape) -> tuple[Tensor, ...]:
-    """The Hugging Face tensors of an entry, in the order of `entry.hf`; they may be views of one tensor."""
+    """The Hugging Face tensors of an entry, in the order of `entry.hf`; good until the next is read."""
     return entry.layout.join([reader.read(entry.checkpoint_key, _leading(layer, shape)[0])], shape)
 
 
@@ -107,13 +107,13 @@ def _leading(layer: int | None, shape: ModelShape) -> tuple[Offset, Sizes]:
 
 def _whole_sizes(entry: Entry, shape: ModelShape, tensor: int) -> Sizes:
     """The whole parameter's dimensions: where the last rank's last pieces end."""
-    last = tensor - 1
     ends = [
         [start + length for start, length in zip(offset, piece.shape, strict=True)]
-        for offset, piece in entry.layout.pieces(_meta_shard(entry, shape, last, tensor), last, tensor)
+        for offset, piece in _meta_pieces(entry, shape, tensor - 1, tensor)
     ]
     return tuple(max(end) for end in zip(*ends, strict=True))
 
 
-def _meta_shard(entry: Entry, shape: ModelShape, rank: int, tensor: int) -> Tensor:
-    return entry.layout.split([torch.empty(hf_tensor_shape(name, shape), device="meta") for name in entry.hf], rank, tensor, shape)
+def _meta_pieces(entry: Entry, shape: ModelShape, rank: int, tensor: int) -> tuple[tuple[Offset, Tensor], ...]:
+    """The pieces without their values."""
+    return entry.layout.pieces([torch.empty(hf_tensor_shape(name, shape), device="meta") for name in entry.hf], rank, tensor, shape)

@@ -20,8 +20,8 @@ Offset = tuple[int, ...]
 class Layout(Protocol):
     """`split` gives rank `rank` of `size` its shard of the joined parameter; `join` of all shards gives the tensors back, bitwise.
 
-    The whole parameter is the shard of one rank of one. `pieces` says where in it the parts of a rank's shard lie: that is how
-    checkpoints hold parameters. What `join` returns may be views of a single shard.
+    The whole parameter is the shard of one rank of one. `pieces` are the parts of a rank's shard and where in the whole they lie: that is
+    how checkpoints hold parameters. What these return may be views of what they are given.
     """
 
     sharded: bool  # False: every tensor-parallel rank holds the whole parameter
@@ -30,7 +30,7 @@ class Layout(Protocol):
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]: ...
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]: ...
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Replicated:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (shards[0],)
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, 0), shard),)
 
 
@@ -61,7 +62,8 @@ class ColumnSharded:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (_joined(shards, dim=1),)
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 1, rank), shard),)
 
 
@@ -81,7 +83,8 @@ class FusedQKV:
         queries = shape.heads // shape.query_groups * shape.head_dim
         return tuple(x.flatten(0, 1) for x in by_group.split([queries, shape.head_dim, shape.head_dim], dim=1))
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, rank), shard),)
 
 
@@ -98,8 +101,8 @@ class FusedGateUp:
         halves = [shard.chunk(2, dim=0) for shard in shards]
         return tuple(_joined([half[i] for half in halves], dim=0) for i in range(2))
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
-        gate, up = shard.chunk(2, dim=0)
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        gate, up = (x.chunk(size, dim=0)[rank] for x in tensors)
         return (_offset(gate, 0, rank), gate), (_offset(up, 0, size + rank), up)
 
 
@@ -112,12 +115,14 @@ class PaddedVocabulary:
     def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor:
         rows = -(-shape.vocab_size // size)
         shard = tensors[0][rank * rows : (rank + 1) * rows]
-        return torch.cat([shard, shard.new_zeros(rows - shard.size(0), *shard.shape[1:])], dim=0)
+        missing = rows - shard.size(0)
+        return torch.cat([shard, shard.new_zeros(missing, *shard.shape[1:])], dim=0) if missing else shard
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (_joined(shards, dim=0)[: shape.vocab_size],)
 
-    def pieces(self, shard: Tensor, rank: int, size: int) -> tuple[tuple[Offset, Tensor], ...]:
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, rank), shard),)
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
-from megatron_nsr.models.policy import PolicyModel
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.mapping import chunk_entries, hf_names, hf_tensor_shape
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 from megatron_nsr.weights.safetensors_writing import DTYPES
+
+if TYPE_CHECKING:
+    from megatron_nsr.models.policy import PolicyModel
 
 # Buffers that old exports carry and nobody reads.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)

@@ -100,6 +100,7 @@ class TorchDistReader:
             raise UserError(
                 f"checkpoint {directory}: .metadata cannot be read ({type(error).__name__}); is it a torch_dist checkpoint?"
             ) from None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self._at_index: dict[tuple[str, int], dict[Sizes, list[ChunkStorageMetadata]]] = {}
 
     def sizes(self) -> dict[str, Sizes]:
@@ -111,19 +112,22 @@ class TorchDistReader:
         return dtype
 
     def read(self, key: str, index: Sizes = ()) -> Tensor:
-        """The part of tensor `key` at `index` of its first dimensions, put together from its pieces."""
-        size = tuple(self._tensors[key].size)[len(index) :]
+        """The part of tensor `key` at `index` of its first dimensions, put together from its pieces.
+
+        It is the reader's one buffer: the next call overwrites it. New memory each time would cost as much time as the reading.
+        """
+        size = self._tensors[key].size[len(index) :]
         chunks = self._chunks(key, len(index)).get(index, [])
-        if sum(chunk.sizes.numel() for chunk in chunks) != torch.Size(size).numel():
+        if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
             raise UserError(f"checkpoint {self.directory}: the pieces of {key}{list(index) or ''} do not make up the whole")
-        if len(chunks) == 1:
-            return self._load(key, chunks[0]).view(size)
-        whole = torch.empty(size, dtype=self.dtype(key))
+        needed = size.numel() * self.dtype(key).itemsize
+        if self._buffer.numel() < needed:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = torch.empty(needed, dtype=torch.uint8)
+        whole = self._buffer[:needed].view(self.dtype(key)).view(size)
         for chunk in chunks:
             starts, sizes = chunk.offsets[len(index) :], chunk.sizes[len(index) :]
-            whole[tuple(slice(start, start + length) for start, length in zip(starts, sizes, strict=True))] = self._load(key, chunk).view(
-                sizes
-            )
+            self._load(key, chunk, whole[tuple(slice(start, start + length) for start, length in zip(starts, sizes, strict=True))])
         return whole
 
     def _chunks(self, key: str, depth: int) -> dict[Sizes, list[ChunkStorageMetadata]]:
@@ -137,23 +141,42 @@ class TorchDistReader:
             self._at_index[key, depth] = found
         return self._at_index[key, depth]
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata, target: Tensor) -> None:
+        """Fills `target`, which has the piece's size but for the first dimensions."""
         try:
             place = self._places[MetadataIndex(key, chunk.offsets)]
-            with (self.directory / place.relative_path).open("rb") as file:
-                tensor: Tensor = torch.load(_Span(file, place.offset, place.length), map_location="cpu", weights_only=True)
-        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            with (self.directory / place.relative_path).open("rb", buffering=0) as file:
+                span = _Span(file, place.offset, place.length)
+                piece: Tensor = torch.load(span, map_location="meta", weights_only=True)
+                if piece.shape != chunk.sizes or piece.dtype != target.dtype:
+                    raise ValueError(f"a piece is {tuple(piece.shape)} {piece.dtype}, the index says {tuple(chunk.sizes)} {target.dtype}")
+                start = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
+                if start is not None and piece.is_contiguous() and target.is_contiguous() and not piece.storage_offset():
+                    _fill(target, span, start)
+                else:
+                    span.seek(0)
+                    target.copy_(torch.load(span, map_location="cpu", weights_only=True).view(target.shape))
+        except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.directory}: {key} cannot be read ({type(error).__name__}: {reason})") from None
-        if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
-            raise UserError(f"checkpoint {self.directory}: a piece of {key} is {tuple(tensor.shape)} {tensor.dtype}, not as indexed")
-        return tensor
+
+
+def _fill(target: Tensor, span: _Span, start: int) -> None:
+    """Reads a contiguous tensor's bytes from a file."""
+    view = memoryview(target.view(-1).view(torch.uint8).numpy())
+    span.seek(start)
+    while view:
+        if not (count := span.readinto(view)):
+            raise EOFError("the file is too short")
+        view = view[count:]
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor contiguous and alone in its storage, which torch.save writes whole."""
+    """The tensor contiguous and, without a copy, alone in its storage, which torch.save writes whole."""
     tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
+        return tensor
+    return torch.frombuffer(memoryview(tensor.view(-1).view(torch.uint8).numpy()), dtype=tensor.dtype).view(tensor.shape)
 
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""Measures import and export of a random checkpoint of Qwen2.5-1.5B's shape (3.1 GB) against cp and against safetensors' own read and write.
+"""Measures import and export of a random checkpoint of Qwen2.5-1.5B's shape (3.1 GB) against cp and safetensors' own read and write.
 
 Usage: python -m tools.benchmarks.conversion [--scratch DIR] [--repeats N] [--json FILE]. Needs 10 GB free in DIR; everything is removed.
 Each job is a process of its own, start and imports included, one after another in turn. Wall and CPU seconds are the process's;

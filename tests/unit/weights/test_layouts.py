@@ -57,7 +57,7 @@ def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, tensor:
 def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, tensor: int) -> None:
     tensors = [torch.randn(hf_tensor_shape(name, SHAPE)) for name in entry.hf]
     ranks = range(tensor if entry.layout.sharded else 1)
-    pieces = [piece for rank in ranks for piece in entry.layout.pieces(entry.layout.split(tensors, rank, tensor, SHAPE), rank, tensor)]
+    pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, SHAPE)]
     size = [max(offset[dim] + piece.size(dim) for offset, piece in pieces) for dim in range(tensors[0].dim())]
     whole = torch.full(size, float("nan"))
     for offset, piece in pieces:
