@@ -6,6 +6,7 @@ first dimension is the layer; what all tensor-parallel ranks hold is written by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,9 +17,9 @@ from torch import Tensor
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.types import UserError
-from megatron_nsr.weights.layouts import Offset
+from megatron_nsr.weights.layouts import Offset, Sizes
 from megatron_nsr.weights.mapping import Entry, hf_tensor_shape, locate, whole_model_entries
-from megatron_nsr.weights.torch_dist_files import Piece, Sizes, TorchDistReader
+from megatron_nsr.weights.torch_dist_files import Piece, TorchDistReader
 
 OPTIMIZER_PREFIX = "optimizer."
 
@@ -58,16 +59,18 @@ def part_pieces(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfi
     """The part's pieces; each entry's tensors are read when its turn comes."""
     for layer, entry in part.entries:
         index, counts = _leading(layer, shape)
-        whole = counts + _whole_sizes(entry, shape, parallel.tensor)
+        whole = counts + _whole(entry, shape, parallel.tensor)
         values = [tensors[name] for name in entry.hf]
         for offset, piece in entry.layout.pieces(values, part.tensor_rank, parallel.tensor, shape):
             yield Piece(entry.checkpoint_key, index + offset, whole, piece.reshape((1,) * len(index) + piece.shape))
 
 
 def part_bytes(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfig, element_size: int) -> int:
-    """Bytes of weights in the part."""
-    pieces = (piece for _, entry in part.entries for _, piece in _meta_pieces(entry, shape, part.tensor_rank, parallel.tensor))
-    return sum(piece.numel() for piece in pieces) * element_size
+    """Bytes of weights in the part, each of whose entries is whole or an equal share."""
+    numels = [
+        math.prod(_whole(entry, shape, parallel.tensor)) // (parallel.tensor if entry.layout.sharded else 1) for _, entry in part.entries
+    ]
+    return sum(numels) * element_size
 
 
 def read_entry(reader: TorchDistReader, layer: int | None, entry: Entry, shape: ModelShape) -> tuple[Tensor, ...]:
@@ -105,15 +108,5 @@ def _leading(layer: int | None, shape: ModelShape) -> tuple[Offset, Sizes]:
     return ((), ()) if layer is None else ((layer,), (shape.num_layers,))
 
 
-def _whole_sizes(entry: Entry, shape: ModelShape, tensor: int) -> Sizes:
-    """The whole parameter's dimensions: where the last rank's last pieces end."""
-    ends = [
-        [start + length for start, length in zip(offset, piece.shape, strict=True)]
-        for offset, piece in _meta_pieces(entry, shape, tensor - 1, tensor)
-    ]
-    return tuple(max(end) for end in zip(*ends, strict=True))
-
-
-def _meta_pieces(entry: Entry, shape: ModelShape, rank: int, tensor: int) -> tuple[tuple[Offset, Tensor], ...]:
-    """The pieces without their values."""
-    return entry.layout.pieces([torch.empty(hf_tensor_shape(name, shape), device="meta") for name in entry.hf], rank, tensor, shape)
+def _whole(entry: Entry, shape: ModelShape, tensor: int) -> Sizes:
+    return entry.layout.whole([hf_tensor_shape(name, shape) for name in entry.hf], tensor)

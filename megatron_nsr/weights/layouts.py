@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
 
+Sizes = tuple[int, ...]
 Offset = tuple[int, ...]
 
 
@@ -21,7 +22,8 @@ class Layout(Protocol):
     """`split` gives rank `rank` of `size` its shard of the joined parameter; `join` of all shards gives the tensors back, bitwise.
 
     The whole parameter is the shard of one rank of one. `pieces` are the parts of a rank's shard and where in the whole they lie: that is
-    how checkpoints hold parameters. What these return may be views of what they are given.
+    how checkpoints hold parameters. What these return may be views of what they are given. `whole` are the whole parameter's dimensions,
+    from the tensors' and the number of ranks, which may need padding.
     """
 
     sharded: bool  # False: every tensor-parallel rank holds the whole parameter
@@ -31,6 +33,8 @@ class Layout(Protocol):
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]: ...
 
     def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]: ...
+
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Replicated:
         shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, 0), shard),)
 
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
+
 
 @dataclass(frozen=True)
 class ColumnSharded:
@@ -65,6 +72,9 @@ class ColumnSharded:
     def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
         shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 1, rank), shard),)
+
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,9 @@ class FusedQKV:
         shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, rank), shard),)
 
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
+
 
 @dataclass(frozen=True)
 class FusedGateUp:
@@ -104,6 +117,9 @@ class FusedGateUp:
     def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
         gate, up = (x.chunk(size, dim=0)[rank] for x in tensors)
         return (_offset(gate, 0, rank), gate), (_offset(up, 0, size + rank), up)
+
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,9 @@ class PaddedVocabulary:
         shard = self.split(tensors, rank, size, shape)
         return ((_offset(shard, 0, rank), shard),)
 
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return (-(-tensors[0][0] // size) * size, *tensors[0][1:])
+
 
 def _joined(shards: Sequence[Tensor], dim: int) -> Tensor:
     """The shards one after another along `dim`; one alone is not copied."""
@@ -134,3 +153,8 @@ def _joined(shards: Sequence[Tensor], dim: int) -> Tensor:
 def _offset(piece: Tensor, dim: int, index: int) -> Offset:
     """Where piece `index` of equal ones along `dim` starts."""
     return tuple(index * size if i == dim else 0 for i, size in enumerate(piece.shape))
+
+
+def _stacked(tensors: Sequence[Sizes]) -> Sizes:
+    """The dimensions of tensors one after another along dimension 0."""
+    return (sum(sizes[0] for sizes in tensors), *tensors[0][1:])

@@ -58,8 +58,7 @@ def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, tensor:
     tensors = [torch.randn(hf_tensor_shape(name, SHAPE)) for name in entry.hf]
     ranks = range(tensor if entry.layout.sharded else 1)
     pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, SHAPE)]
-    size = [max(offset[dim] + piece.size(dim) for offset, piece in pieces) for dim in range(tensors[0].dim())]
-    whole = torch.full(size, float("nan"))
+    whole = torch.full(entry.layout.whole([tuple(x.shape) for x in tensors], tensor), float("nan"))
     for offset, piece in pieces:
         whole[tuple(slice(start, start + length) for start, length in zip(offset, piece.shape, strict=True))] = piece
     assert sum(piece.numel() for _, piece in pieces) == whole.numel()
