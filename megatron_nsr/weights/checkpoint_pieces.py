@@ -67,9 +67,8 @@ def part_pieces(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfi
 
 def part_bytes(part: CheckpointPart, shape: ModelShape, parallel: ParallelConfig, element_size: int) -> int:
     """Bytes of weights in the part, each of whose entries is whole or an equal share."""
-    numels = [
-        math.prod(_whole(entry, shape, parallel.tensor)) // (parallel.tensor if entry.layout.sharded else 1) for _, entry in part.entries
-    ]
+    ranks = {True: parallel.tensor, False: 1}
+    numels = (math.prod(_whole(entry, shape, parallel.tensor)) // ranks[entry.layout.sharded] for _, entry in part.entries)
     return sum(numels) * element_size
 
 
