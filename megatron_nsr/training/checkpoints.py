@@ -11,7 +11,6 @@ May import: platform, types, megatron-core, the rest of training. Layout of RUN/
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import queue
@@ -34,14 +33,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.model_files import copy_tokenizer
+from megatron_nsr.training.checkpoint_files import REMEDY, newest_checkpoint, read_description, write_description
 from megatron_nsr.training.optimizer_state import OptimizerState
 from megatron_nsr.types import UserError
 
-RUN_FILE = "run.json"
+EXTRA_STATE = "_extra_state"
 # What torch and megatron-core raise for broken files; the first is no Exception, and holds each rank's own.
 DAMAGE = (CheckpointException, CheckpointingException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, ValueError)
-REMEDY = "restore it from a copy, point `latest` at an older step, or choose another run.dir"
-FORMAT = 2  # of everything in a step_N; 1 had the optimizer's state in megatron-core's own forms
 
 
 class Checkpoints:
@@ -73,13 +71,11 @@ class Checkpoints:
             shutil.copyfile(model_files / "config.json", partial / "config.json")
             copy_tokenizer(model_files, partial)
             description = {
-                "format": FORMAT,
                 "step": step,
                 "world_size": distributed.world_size(),
                 **run_state,
-                "files": _sizes(partial),
             }
-            (partial / RUN_FILE).write_text(json.dumps(description, indent=1))
+            write_description(partial, description)
             if final.exists():
                 _remove(final)
             os.replace(partial, final)
@@ -113,42 +109,6 @@ class Checkpoints:
             _remove(path)
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """What RUN/checkpoints/latest names, None before the first checkpoint. Raises UserError where it is not complete."""
-    link = directory / "latest"
-    if not link.is_symlink():
-        return None
-    found = link.resolve()
-    read_description(found)
-    return found
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """A checkpoint's run.json. Raises UserError where it is of another format, or a file is missing or has another size than it had."""
-    try:
-        description: dict[str, Any] = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
-        expected = description["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: {RUN_FILE} cannot be read ({type(error).__name__}); {REMEDY}") from None
-    if (written := description.get("format", 1)) != FORMAT:
-        raise UserError(
-            f"checkpoint {path}: its format is {written}, and this version of megatron_nsr reads {FORMAT}; "
-            "go on with the version that wrote it, or start a new run.dir from weights in Hugging Face format"
-        )
-    found = _sizes(path)
-    for name, size in expected.items():
-        if name not in found:
-            raise UserError(f"checkpoint {path}: the file {name} is missing; {REMEDY}")
-        if found[name] != size:
-            raise UserError(f"checkpoint {path}: the file {name} has {found[name]} bytes, not {size}; {REMEDY}")
-    return description
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a `model.path` is a checkpoint of ours rather than a Hugging Face directory."""
-    return (Path(path) / RUN_FILE).is_file()
-
-
 def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> None:
     """Weights and optimizer in torch_dist format; `directory` exists and is empty. Raises OSError where it cannot be written."""
     # On any device megatron-core 0.16.1 would start a manager process for the writer's results (strategies/filesystem_async.py), also
@@ -173,7 +133,7 @@ def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, b
             state["optimizer"] = optimizer_state.to_load()
         loaded = dist_checkpointing.load(state, str(directory), get_default_load_sharded_strategy(str(directory)))
         for index, chunk in enumerate(wrapped):
-            _bare(chunk).load_state_dict(loaded[f"model{index}"])
+            _bare(chunk).load_state_dict(_with_extra_state(loaded[f"model{index}"], _bare(chunk)))
         if optimizer_state is not None:
             optimizer_state.fill(loaded["optimizer"])
 
@@ -198,12 +158,6 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["megatron"])
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of every file but run.json, by its path inside the checkpoint."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != RUN_FILE)
-    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
-
-
 def _remove(directory: Path) -> None:
     """Removes a checkpoint under another name, so that a kill in between leaves no half of one."""
     condemned = directory.with_name(f".partial-old-{directory.name}")
@@ -217,7 +171,17 @@ def _bare(chunk: Any) -> Any:
 
 def _model_state(wrapped: Sequence[Any]) -> dict[str, Any]:
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    return {f"model{i}": _bare(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(wrapped)}
+    return {f"model{i}": _without_extra_state(_bare(chunk).sharded_state_dict(metadata=metadata)) for i, chunk in enumerate(wrapped)}
+
+
+def _without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Less what layers keep for FP8, which we do not train in: each backend has other layers that would ask for it."""
+    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+
+
+def _with_extra_state(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
+    """A state that the chunk's strict `load_state_dict` takes: None is the extra state of a layer without FP8."""
+    return {**state, **{name: None for name in chunk.state_dict() if name.endswith(EXTRA_STATE)}}
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from megatron_nsr.models.policy import Head, build_policy
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
-from megatron_nsr.training.checkpoints import is_checkpoint, load_state, read_description
+from megatron_nsr.training.checkpoint_files import is_checkpoint, read_description
+from megatron_nsr.training.checkpoints import load_state
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors

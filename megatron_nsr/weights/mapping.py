@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Entry:
     """One parameter and the HF tensors it is made of; `{layer}` and `{expert}` stand for numbers in all names.
 
-    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them.
+    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them; checkpoints of either
+        backend use this name.
     tied_copy: the last stage's copy of a tied embedding: loaded from the embedding's tensor, never exported.
     expert: the global number of the expert that the HF names belong to, None for what is no expert's.
     """
@@ -42,6 +43,11 @@ class Entry:
     def of_layer(self, layer: int, expert: int | None = None) -> Entry:
         """The entry with the HF names of one global layer, and of one global expert where it has one each."""
         return replace(self, hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf), expert=expert)
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The parameter's name in a checkpoint, which holds all layers of a kind as one tensor, the layer being its first dimension."""
+        return (self.te_name or self.megatron).replace("{layer}.", "")
 
 
 _LAYER = "decoder.layers.{layer}."

@@ -18,7 +18,8 @@ from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.training.checkpoints import Checkpoints, read_description
+from megatron_nsr.training.checkpoint_files import read_description
+from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import Trajectory, UserError, WeightedSample
 from tests.tiny_models import write_tiny_model

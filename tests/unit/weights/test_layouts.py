@@ -53,6 +53,21 @@ def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, shape: 
     assert all(torch.equal(a, b) for a, b in zip(joined, tensors, strict=True))
 
 
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, tensor: int) -> None:
+    tensors = [torch.randn(hf_tensor_shape(name, SHAPE)) for name in entry.hf]
+    ranks = range(tensor if entry.layout.sharded else 1)
+    pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, SHAPE)]
+    whole = torch.full(entry.layout.whole([tuple(x.shape) for x in tensors], tensor), float("nan"))
+    for offset, piece in pieces:
+        whole[tuple(slice(start, start + length) for start, length in zip(offset, piece.shape, strict=True))] = piece
+    assert sum(piece.numel() for _, piece in pieces) == whole.numel()
+    assert all(torch.equal(a, b) for a, b in zip(entry.layout.join([whole], SHAPE), tensors, strict=True))
+    unpadded = entry.layout.split(tensors, 0, 1, SHAPE)
+    assert torch.equal(whole[: len(unpadded)], unpadded)
+
+
 def test_padded_rows_are_zero() -> None:
     weight = torch.ones(101, 12)
     last = HEAD.layout.split([weight], 3, 4, SHAPE)
