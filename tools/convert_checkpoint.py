@@ -30,11 +30,12 @@ def import_(
     tensor: Ranks = 1,
     pipeline: Ranks = 1,
     virtual: Annotated[int, typer.Option(min=1, help="model chunks a pipeline stage")] = 1,
+    expert: Annotated[int, typer.Option(min=1, help="ranks that a layer's experts are spread over")] = 1,
 ) -> None:
     """Hugging Face to a checkpoint, in the pieces that ranks of the layout load; any other layout loads it too."""
 
     def work() -> int:
-        import_hf(hf_dir, out, ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual))
+        import_hf(hf_dir, out, ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert))
         return 0
 
     exit_with(work)

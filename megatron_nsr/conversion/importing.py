@@ -17,7 +17,7 @@ from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.training.checkpoint_files import write_description
-from megatron_nsr.weights.checkpoint_pieces import CheckpointPart, part_bytes, part_pieces, plan_parts
+from megatron_nsr.weights.checkpoint_pieces import CheckpointPart, part_bytes, part_pieces, plan_parts, stage_ranks
 from megatron_nsr.weights.loading import check_hf_headers
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 from megatron_nsr.weights.safetensors_writing import DTYPES
@@ -31,7 +31,8 @@ def import_hf(source: Path, target: Path, parallel: ParallelConfig) -> None:
     what is wrong with the input before anything is written, and OutputError.
     """
     shape = read_model_shape(str(source))
-    validate_layout(parallel, shape, parallel.tensor * parallel.pipeline)
+    # Sequence parallelism, which a model with experts asks for, moves no weights.
+    validate_layout(parallel.model_copy(update={"sequence": parallel.tensor > 1}), shape, stage_ranks(parallel) * parallel.pipeline)
     with SafetensorsDirectory(str(source)) as files:
         dtype = check_hf_headers(files, shape)
         request = {"import": str(source.resolve()), "files": _state_of(source, files), "layout": _layout(parallel)}
@@ -59,7 +60,7 @@ def _finish(content: Path, stored: list[list[dict[str, Any]]], source: Path, req
 
 
 def _layout(parallel: ParallelConfig) -> dict[str, int]:
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "virtual_pipeline": parallel.virtual_pipeline}
+    return {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "expert")}
 
 
 def _state_of(source: Path, files: SafetensorsDirectory) -> dict[str, list[int]]:

@@ -134,6 +134,13 @@ class WholeGateUp:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return shards[0].chunk(2, dim=0)
 
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        gate, up = tensors
+        return (_offset(gate, 0, 0), gate), (_offset(up, 0, 1), up)
+
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
+
 
 @dataclass(frozen=True)
 class PaddedVocabulary:

@@ -46,8 +46,12 @@ class Entry:
 
     @property
     def checkpoint_key(self) -> str:
-        """The parameter's name in a checkpoint, which holds all layers of a kind as one tensor, the layer being its first dimension."""
-        return (self.te_name or self.megatron).replace("{layer}.", "")
+        """The parameter's name in a checkpoint, which holds all layers of a kind as one tensor, the layer being its first dimension.
+
+        For experts the second dimension is the expert, and either backend uses the same name.
+        """
+        name = self.megatron.replace("local_experts.{expert}", "experts") if self.of_experts else self.te_name or self.megatron
+        return name.replace("{layer}.", "")
 
 
 _LAYER = "decoder.layers.{layer}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,17 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"dp2": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2}},
     4: {"tp2_pp2": {"tensor": 2, "pipeline": 2}},
 }
+WITH_EXPERTS = {
+    2: {"ep2": {"expert": 2}, "tp2_sp_ep2": {"tensor": 2, "sequence": True, "expert": 2}},
+    4: {"ep2_pp2": {"expert": 2, "pipeline": 2}},
+}
 # Every layout trains from a checkpoint that was imported at another.
 IMPORTED_AT = ParallelConfig(tensor=2, pipeline=2)
 ELSEWHERE = ParallelConfig(pipeline=2, virtual_pipeline=2)
+
+
+def layouts_of(model: str) -> dict[int, dict[str, dict[str, Any]]]:
+    return WITH_EXPERTS if "moe" in model else LAYOUTS
 
 
 def index_of(state: Path) -> dict[str, tuple[Any, ...]]:
@@ -44,12 +53,12 @@ def index_of(state: Path) -> dict[str, tuple[Any, ...]]:
 
 def same_values(one: Path, other: Path) -> bool:
     a, b = TorchDistReader(one), TorchDistReader(other)
-    return all(torch.equal(a.read(key), b.read(key)) for key in index_of(one) if not key.startswith("decoder.layers.")) and all(
-        torch.equal(a.read(key, (layer,)), b.read(key, (layer,)))
-        for key, (size, *_) in index_of(one).items()
-        if key.startswith("decoder.layers.")
-        for layer in range(size[0])
-    )
+
+    def equal(key: str, sizes: tuple[int, ...]) -> bool:
+        depth = 2 if ".experts." in key else 1 if key.startswith("decoder.layers.") else 0
+        return all(torch.equal(a.read(key, index), b.read(key, index)) for index in product(*map(range, sizes[:depth])))
+
+    return all(equal(key, sizes) for key, (sizes, *_) in index_of(one).items())
 
 
 def weights_of(actor: Actor, shape: Any) -> dict[str, torch.Tensor]:
@@ -107,13 +116,13 @@ def main() -> None:
     arguments = parser.parse_args()
     distributed.init_process_group()
     results: dict[str, Any] = {}
-    layouts = LAYOUTS[distributed.world_size()]
     for model in sorted(arguments.models.iterdir()):
-        folder = arguments.out / model.name
+        layouts, folder = layouts_of(model.name)[distributed.world_size()], arguments.out / model.name
         for name, fields in layouts.items():
             results[f"{name}/{model.name}"] = check(model, name, fields, folder)
         for name, fields in layouts.items():
-            others = [other for world in LAYOUTS for other in LAYOUTS[world] if other != name and (folder / other / "after.pt").is_file()]
+            trained = (other for world in layouts_of(model.name).values() for other in world if other != name)
+            others = [other for other in trained if (folder / other / "after.pt").is_file()]
             results[f"{name}/{model.name}"]["reloaded"] = {other: reload(folder, other, fields) for other in others}
     if distributed.rank() == 0:
         arguments.results.write_text(json.dumps(results))

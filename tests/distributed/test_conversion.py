@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.conversion_cases import LAYOUTS
+from tests.distributed.conversion_cases import LAYOUTS, layouts_of
 from tests.distributed.launcher import run_cases
 from tests.tiny_models import LLAMA3_ROPE, write_tiny_model
 
@@ -14,8 +14,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama_rope_untied": {"family": "llama", "tied": False, "rope_parameters": LLAMA3_ROPE},
     "qwen2_tied": {"family": "qwen2", "tied": True},
     "qwen3_untied": {"family": "qwen3", "tied": False},
+    "qwen3_moe_untied": {"family": "qwen3_moe", "tied": False},
 }
-CASES = [f"{layout}/{model}" for world in LAYOUTS for layout in LAYOUTS[world] for model in MODELS]
+CASES = [f"{layout}/{model}" for model in MODELS for layouts in layouts_of(model).values() for layout in layouts]
 
 
 @pytest.fixture(scope="module")

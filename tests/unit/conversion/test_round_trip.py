@@ -25,8 +25,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_untied": {"family": "qwen3", "tied": False},
     "llama_tied": {"family": "llama", "tied": True},
     "llama_rope_untied": {"family": "llama", "tied": False, "rope_parameters": LLAMA3_ROPE},
+    "qwen3_moe_untied": {"family": "qwen3_moe", "tied": False},
 }
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2)]
+CASES = [(model, layout, expert) for model in MODELS for layout in LAYOUTS for expert in ((1, 2) if "moe" in model else (1,))]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +47,14 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
         return {name: files[name].clone() for name in files}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}_pp{}_vpp{}".format(*layout))
-@pytest.mark.parametrize("model", MODELS)
-def test_every_bit_comes_back(sources: Path, tmp_path: Path, model: str, layout: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("model", "layout", "expert"), CASES)
+def test_every_bit_comes_back(sources: Path, tmp_path: Path, model: str, layout: tuple[int, int, int], expert: int) -> None:
     tensor, pipeline, virtual = layout
-    import_hf(sources / model, tmp_path / "checkpoint", ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual))
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert)
+    import_hf(sources / model, tmp_path / "checkpoint", parallel)
     assert is_checkpoint(tmp_path / "checkpoint") and differences(tmp_path / "checkpoint", sources / model) == []
     ranks = {file.name.split("_")[2] for file in (tmp_path / "checkpoint" / "state").glob("*.distcp")}
-    assert ranks == {str(rank) for rank in range(tensor * pipeline)}
+    assert ranks == {str(rank) for rank in range(max(tensor, expert) * pipeline)}
     export_hf(tmp_path / "checkpoint", tmp_path / "exported", max_file_bytes=100_000)
     before, after = tensors_of(sources / model), tensors_of(tmp_path / "exported")
     assert before.keys() == after.keys()
@@ -96,7 +98,7 @@ def test_the_description_says_where_the_checkpoint_is_from(sources: Path, tmp_pa
     import_hf(sources / "qwen2_tied", tmp_path / "checkpoint", ParallelConfig(tensor=2))
     description = read_description(tmp_path / "checkpoint")
     assert description["imported_from"] == str((sources / "qwen2_tied").resolve())
-    assert description["layout"] == {"tensor": 2, "pipeline": 1, "virtual_pipeline": 1}
+    assert description["layout"] == {"tensor": 2, "pipeline": 1, "virtual_pipeline": 1, "expert": 1}
 
 
 def test_a_difference_is_named(sources: Path, tmp_path: Path) -> None:

@@ -54,17 +54,17 @@ def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, shape: 
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
-def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, tensor: int) -> None:
-    tensors = [torch.randn(hf_tensor_shape(name, SHAPE)) for name in entry.hf]
+@pytest.mark.parametrize(("entry", "shape"), ENTRIES.values(), ids=ENTRIES.keys())
+def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, shape: ModelShape, tensor: int) -> None:
+    tensors = [torch.randn(hf_tensor_shape(name, shape)) for name in entry.hf]
     ranks = range(tensor if entry.layout.sharded else 1)
-    pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, SHAPE)]
+    pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, shape)]
     whole = torch.full(entry.layout.whole([tuple(x.shape) for x in tensors], tensor), float("nan"))
     for offset, piece in pieces:
         whole[tuple(slice(start, start + length) for start, length in zip(offset, piece.shape, strict=True))] = piece
     assert sum(piece.numel() for _, piece in pieces) == whole.numel()
-    assert all(torch.equal(a, b) for a, b in zip(entry.layout.join([whole], SHAPE), tensors, strict=True))
-    unpadded = entry.layout.split(tensors, 0, 1, SHAPE)
+    assert all(torch.equal(a, b) for a, b in zip(entry.layout.join([whole], shape), tensors, strict=True))
+    unpadded = entry.layout.split(tensors, 0, 1, shape)
     assert torch.equal(whole[: len(unpadded)], unpadded)
 
 
