@@ -45,7 +45,9 @@ class Server:
     def __init__(self, url: str, name: str) -> None:
         self.url, self.name = url.rstrip("/"), name
 
-    async def call(self, session: aiohttp.ClientSession, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Any:
+    async def call(
+        self, session: aiohttp.ClientSession, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> Any:
         """POSTs and returns the answer's JSON. Raises ServerError."""
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -70,9 +72,7 @@ class Server:
 
     async def generate(self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling) -> list[Completion]:
         """Samples the responses of one request. Raises ServerError, RuntimeError for an answer that makes no sense."""
-        return vllm_api.read_completions(
-            await self.call(session, vllm_api.GENERATE, vllm_api.generate_body(request, sampling)), request.n
-        )
+        return vllm_api.read_completions(await self.call(session, vllm_api.GENERATE, vllm_api.generate_body(request, sampling)), request.n)
 
 
 async def retried(call: Callable[[], Awaitable[Result]], timeout_s: float, *, waiting: Callable[[], None] = lambda: None) -> Result:

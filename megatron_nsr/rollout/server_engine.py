@@ -17,7 +17,7 @@ import torch
 from megatron_nsr.rollout import vllm_api
 from megatron_nsr.rollout.engine import Completion, Region, RolloutsLost, SampleRequest, Sampling
 from megatron_nsr.rollout.pushed_weights import HEAD, PushedWeights
-from megatron_nsr.rollout.server_client import CALL_TIMEOUT_S, Held, Server, ServerError, new_session, retried
+from megatron_nsr.rollout.server_client import CALL_TIMEOUT_S, Server, ServerError, new_session, retried
 from megatron_nsr.rollout.server_sampling import sample_on_servers
 from megatron_nsr.rollout.weight_transport import FileTransport, NcclTransport, Transport
 

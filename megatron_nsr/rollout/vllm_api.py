@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 
 API_SERVER = "vllm.entrypoints.openai.api_server"  # 0.32 says it is deprecated; 0.26 has no other module that takes the same arguments
+SCALE_OUT_FLAG_SINCE = Version("0.32")  # 0.26 has no such flag and always serves GENERATE
 FINAL_ONLY = 2  # vllm.sampling_params.RequestOutputKind.FINAL_ONLY
 
 # Paths and queries of requests; all but GENERATE and HEALTH need VLLM_SERVER_DEV_MODE=1.
@@ -27,6 +29,11 @@ START_UPDATE, UPDATE, FINISH_UPDATE = "/start_weight_update", "/update_weights",
 RESET_PREFIX_CACHE = "/reset_prefix_cache"
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def version_arguments(vllm_version: str) -> list[str]:
+    """What an API server of that version must be told beside what all versions understand."""
+    return ["--enable-scale-out"] if Version(Version(vllm_version).base_version) >= SCALE_OUT_FLAG_SINCE else []
 
 
 def sampling_fields(request: SampleRequest, sampling: Sampling) -> dict[str, Any]:

@@ -86,8 +86,12 @@ class NcclTransport:
 
 def _in_memory_of_its_own(bucket: Bucket) -> dict[str, torch.Tensor]:
     """What safetensors writes: an embedding that is pushed as the head too is copied."""
-    found: dict[int, torch.Tensor] = {}
-    return {name: found.setdefault(id(tensor), tensor.contiguous()) if id(tensor) not in found else tensor.clone() for name, tensor in bucket}
+    seen: set[int] = set()
+    apart: dict[str, torch.Tensor] = {}
+    for name, tensor in bucket:
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def own_address() -> str:
