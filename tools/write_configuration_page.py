@@ -33,11 +33,13 @@ Any field can be set behind the file's name; the last word wins:
 Checked over several fields: `objective.mini_batch_prompts` divides `data.prompts_per_step` (supervised runs apart);
 `parallel.virtual_pipeline` above 1 needs `parallel.pipeline` above 1; `parallel.sequence` needs `parallel.tensor` above 1;
 `optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `rollout.mode=server` needs `rollout.servers`, and
-`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of processes (heads that
-`parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) is checked before anything slow starts.
+`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
+processes (heads that `parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) and what servers say of themselves
+is checked before anything slow starts.
 """
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+EMPTY: dict[str | None, Any] = {"array": [], "object": {}}  # defaults that the schema leaves out: made by a function
 NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 
 
@@ -52,9 +54,7 @@ def _section(name: str, section: dict[str, Any], required: bool) -> str:
     needed = section.get("required", [])
     rows = [
         f"| `{field}` | {_type(entry)} | {'required' if field in needed else _value(entry['default'])} | {_cell(entry['description'])} |"
-        for field, entry in (
-            (field, {"default": [] if entry.get("type") == "array" else {}, **entry}) for field, entry in section["properties"].items()
-        )
+        for field, entry in ((field, {"default": EMPTY.get(entry.get("type")), **entry}) for field, entry in section["properties"].items())
     ]
     return "\n".join(
         [f"## {name}{' (required)' if required else ''}", "", "| field | type | default | meaning |", "|---|---|---|---|", *rows, ""]

@@ -9,7 +9,6 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_nsr.platform.distributed import free_port
 from tests.integration.small_run import CONFIGS, Small, Started, kill, start, wait_until
