@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_nsr.observability.run_directory import RunDirectory
-from tests.integration.servers import RolloutServer, server_overrides
-from tests.integration.small_run import Small, finished, start, state, steps_logged, values, wait_until
+from tests.integration.servers import PYTHON, RolloutServer, server_overrides
+from tests.integration.small_run import REPOSITORY, Small, finished, start, state, steps_logged, values, wait_until
 
 GAP = 1e-4
 
@@ -138,3 +140,24 @@ def test_a_step_ahead_is_older_by_one_and_resumes_to_the_same_numbers(
     assert json.loads((latest / "run.json").read_text())["sampler"]["drawn"] == state(stopped)["step"]  # not what was drawn ahead
     finished(start(small.nsr(stopped, *ahead, "checkpoint.every=100"), tmp_path / "resumed.log"), 0)
     assert values(stopped) == values(whole)
+
+
+NCCL_PROGRAM = """
+import torch
+from vllm.distributed.weight_transfer.nccl_common import trainer_init
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+from megatron_nsr.rollout.vllm_api import nccl_init_info, nccl_update_info
+
+told = NCCLWeightTransferInitInfo(**nccl_init_info("node0", 4000, first_rank=3, world_size=5))
+assert (told.master_address, told.master_port, told.rank_offset, told.world_size) == ("node0", 4000, 3, 5)
+update = NCCLWeightTransferUpdateInfo(**nccl_update_info([("a", torch.zeros(2, 3, dtype=torch.bfloat16)), ("b", torch.zeros(4))]))
+assert (update.names, update.shapes) == (["a", "b"], [[2, 3], [4]])
+assert [getattr(torch, name) for name in update.dtype_names] == [torch.bfloat16, torch.float32]
+assert not getattr(told, "packed", False) and not getattr(update, "packed", False)  # a broadcast for each tensor
+print("taken")
+"""
+
+
+def test_vllm_s_nccl_backend_takes_what_would_be_sent_to_it() -> None:
+    ended = subprocess.run([PYTHON or sys.executable, "-c", NCCL_PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and ended.stdout.splitlines()[-1] == "taken", ended.stderr[-3000:]
