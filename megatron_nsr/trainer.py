@@ -109,8 +109,9 @@ class Trainer:
             prepared = self.parts.actor.prepare(experience.batch, step)
         with clock("update"):
             metrics = self.parts.actor.update(prepared, self._learning_rate(step))
-        with clock("rollout"):
-            self.parts.source.settle()
+        if self.config.rollout.max_staleness:
+            with clock("rollout"):  # what training did not hide
+                self.parts.source.settle()
         with clock("weight_sync"):
             if self.parts.pushes_every_step:
                 metrics |= self.parts.push(step)
