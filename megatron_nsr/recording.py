@@ -127,7 +127,8 @@ class Recorder:
     def check(self, metrics: dict[str, float], loggers: MetricLogger, step: int) -> None:
         """Raises RuntimeError where the log-prob gap of the step's rollouts is past its bound; the step's line is written first."""
         try:
-            check_gap(metrics, "rollout", self.config.rollout.max_logprob_gap)
+            if not metrics.get("rollout/staleness"):  # otherwise the policy has moved on since
+                check_gap(metrics, "rollout", self.config.rollout.max_logprob_gap)
         except RuntimeError:
             loggers.log(StepMetrics(step, metrics))
             raise

@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     "rollout/logprob_gap_max": "largest |engine - policy| log-probability of a sampled token, nats",
     "rollout/correction_mean": "mean weight that the rollout correction puts on a trained token, 1 where engine and policy agree",
     "rollout/weight_version": "version of the policy that sampled the step's responses, count of pushes",
+    "rollout/staleness": "steps that the policy has made since the weights that sampled the step's responses, mean",
     "rollout/push_bytes": "weights handed to each engine after the step's update, bytes",
     "policy/loss": "policy loss, mean over the step's mini-batches, nats",
     "policy/loss_psr": "the part of the policy loss that correct responses carry, nats",

@@ -22,6 +22,9 @@ MAY_CHANGE = frozenset(
     {
         "run.dir",  # the directory may have moved
         "run.steps",
+        "rollout.mode",
+        "rollout.servers",
+        "rollout.server_timeout_s",
         "rollout.max_num_seqs",
         "rollout.kv_cache_mib",
         "rollout.gpu_memory_utilization",

@@ -84,9 +84,9 @@ class Started:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def start(arguments: Sequence[str], log: Path, *, ranks: int = 1, module: str = "megatron_nsr") -> Started:
-    """Starts `python -m megatron_nsr`, under torchrun where there are several ranks."""
-    command = [sys.executable, "-m", module, *arguments]
+def start(arguments: Sequence[str], log: Path, *, ranks: int = 1, module: str = "megatron_nsr", python: str | None = None) -> Started:
+    """Starts `python -m megatron_nsr`, under torchrun where there are several ranks. python: of another environment than this one."""
+    command = [python or sys.executable, "-m", module, *arguments]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         command = [*torchrun, "--rdzv-endpoint", "127.0.0.1:0", "-m", module, *arguments]

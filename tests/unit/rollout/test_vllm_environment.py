@@ -52,7 +52,7 @@ def test_a_users_own_variables_win_except_the_one_the_engine_needs(monkeypatch: 
     for name, value in {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
-    prepare_environment(on_cpu=False)
+    prepare_environment(on_cpu=False, in_process=True)
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
