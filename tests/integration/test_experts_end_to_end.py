@@ -36,7 +36,7 @@ def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rollouts_follow_the_policy_and_experts_on_two_processes_give_the_numbers_of_one(small: Small, model: Path, tmp_path: Path) -> None:
-    overrides = ("run.steps=2", f"model.path={model}", "model.initialization=random", "training.router_aux_loss=0.01")
+    overrides = ("run.steps=2", f"model.path={model}", "model.initialization=random", "objective.router_aux_loss=0.01")
     overrides += ("rollout.verify_push=always", "checkpoint.keep=1")
     for name, ranks, layout in (("one", 1, ()), ("two", 2, ("parallel.expert=2",))):
         finished(start(small.nsr(tmp_path / name, *overrides, *layout), tmp_path / f"{name}.log", ranks=ranks), 0)
@@ -56,5 +56,5 @@ def test_rollouts_follow_the_policy_and_experts_on_two_processes_give_the_number
 
 
 def test_what_only_experts_have_is_refused_for_a_dense_model(small: Small, tmp_path: Path) -> None:
-    log = finished(start(small.nsr(tmp_path / "run", "training.router_aux_loss=0.01"), tmp_path / "log"), 2)
-    assert "training.router_aux_loss=0.01: the model has no experts; it must be 0" in log
+    log = finished(start(small.nsr(tmp_path / "run", "objective.router_aux_loss=0.01"), tmp_path / "log"), 2)
+    assert "objective.router_aux_loss=0.01: the model has no experts; it must be 0" in log
