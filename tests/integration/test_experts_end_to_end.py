@@ -35,21 +35,28 @@ def model(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+LAYOUTS = {
+    "one": (1, ()),
+    "experts": (2, ("parallel.expert=2",)),
+    "engine_on_both": (2, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2", "rollout.tensor_parallel=2")),
+}
+
+
 def test_rollouts_follow_the_policy_and_experts_on_two_processes_give_the_numbers_of_one(small: Small, model: Path, tmp_path: Path) -> None:
     overrides = ("run.steps=2", f"model.path={model}", "model.initialization=random", "objective.router_aux_loss=0.01")
     overrides += ("rollout.verify_push=always", "checkpoint.keep=1")
-    for name, ranks, layout in (("one", 1, ()), ("two", 2, ("parallel.expert=2",))):
+    for name, (ranks, layout) in LAYOUTS.items():
         finished(start(small.nsr(tmp_path / name, *overrides, *layout), tmp_path / f"{name}.log", ranks=ranks), 0)
-    one, two = values(tmp_path / "one"), values(tmp_path / "two")
-    assert len(one) == len(two) == 2
-    for got, want in zip(two, one, strict=True):
-        for name in (*COMPARED, "policy/aux_loss"):
-            assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
-        assert 0 < got["rollout/logprob_gap_max"] < 1e-4 and 0 < want["rollout/logprob_gap_max"] < 1e-4
+    one = values(tmp_path / "one")
     # an update was pushed before the second step, whose rollouts show whether the engine took it
-    assert one[0]["policy/updates"] > 0 and one[1]["rollout/weight_version"] == 1
+    assert one[0]["policy/updates"] > 0 and [step["rollout/weight_version"] for step in one] == [0, 1]
+    for layout in LAYOUTS:
+        for got, want in zip(values(tmp_path / layout), one, strict=True):
+            assert 0 < got["rollout/logprob_gap_max"] < 1e-4
+            for name in (*COMPARED, "policy/aux_loss"):
+                assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-6), name
     exported, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        RunDirectory(tmp_path / "two").hf, output_loading_info=True, dtype=torch.float32
+        RunDirectory(tmp_path / "experts").hf, output_loading_info=True, dtype=torch.float32
     )
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     assert exported(torch.arange(8)[None]).logits.isfinite().all()
