@@ -52,6 +52,8 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     shape = read_model_shape(config.model.path)
     world_size = distributed.launched_world_size()
     validate_layout(config.parallel, shape, world_size)
+    if config.training.router_aux_loss and shape.moe is None:
+        raise UserError(f"training.router_aux_loss={config.training.router_aux_loss}: the model has no experts; it must be 0")
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
@@ -169,8 +171,10 @@ def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[Prompt
 def _check_own_loss(objective: Objective, config: Config) -> None:
     """Raises UserError where an objective with a loss of its own is given settings of the built-in ones: they would do nothing."""
     if isinstance(objective, OwnLoss):
-        for name, off in (("form", "clipped"), ("dual_clip", None), ("rollout_correction", None)):
-            if (value := getattr(config.objective, name)) != off:
+        given = config.objective.model_fields_set
+        for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction"):
+            field = type(config.objective).model_fields[name]
+            if name in given and (value := getattr(config.objective, name)) != field.default:
                 raise UserError(f"objective.{name}={value!r}: objective.name={config.objective.name!r} brings its own token_loss")
 
 

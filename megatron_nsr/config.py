@@ -52,6 +52,9 @@ class ParallelConfig(Section):
     pipeline: Positive = Field(1, description="pipeline stages")
     virtual_pipeline: Positive = Field(1, description="model chunks a pipeline stage (interleaved schedule when above 1)")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel ranks")
+    expert: Positive = Field(
+        1, description="ranks over which a layer's experts are spread, out of the tensor- and data-parallel ranks of a pipeline stage"
+    )
     distributed_optimizer: bool = Field(False, description="shard optimizer states over data-parallel ranks")
 
 
@@ -87,7 +90,7 @@ class RolloutConfig(Section):
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB; a rank holds up to two")
     verify_push: Literal["always", "first", "never"] = Field(
-        "first", description="pushes after which what the engine holds is compared with what was pushed; first of each process"
+        "first", description="pushes after which what the engine holds is compared with the policy; first: of each process"
     )
     max_logprob_gap: PositiveFloat | None = Field(
         None, description="largest |engine - policy| log-prob of a sampled token before the run stops; null only logs it"
@@ -142,6 +145,9 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
+    router_aux_loss: NonNegativeFloat = Field(
+        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
     )
@@ -179,9 +185,10 @@ class LoggingConfig(Section):
         "disabled", description="Weights & Biases; offline writes RUN/wandb for a later `wandb sync`"
     )
     wandb_project: str = Field("megatron_nsr", description="project in Weights & Biases")
-    sign_norms: bool = Field(
-        True,
-        description="gradient norm that each sign sends into the LM head; costs the head a fourth product if there is an entropy bonus",
+    sign_norms_every: NonNegative = Field(
+        10,
+        description="steps between measurements of the gradient norm that each sign sends into the LM head, a fourth matrix product of "
+        "such a step's head if there is an entropy bonus; 0 never",
     )
     probe_every: NonNegative = Field(
         0, description="steps between measurements of each sign's whole gradient, two more passes over a mini-batch each; 0 never"

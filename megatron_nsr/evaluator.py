@@ -15,7 +15,7 @@ from megatron_nsr.config import Config, dump_config
 from megatron_nsr.observability.run_directory import RunDirectory, write_atomic, write_json
 from megatron_nsr.platform import distributed
 from megatron_nsr.recording import announce, check_gap
-from megatron_nsr.training.checkpoints import is_checkpoint, read_description
+from megatron_nsr.training.checkpoint_files import is_checkpoint, read_description
 from megatron_nsr.types import UserError
 
 

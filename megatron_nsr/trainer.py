@@ -22,7 +22,8 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state
 from megatron_nsr.rollout.engine import RolloutsLost
-from megatron_nsr.training.checkpoints import Checkpoints, newest_checkpoint
+from megatron_nsr.training.checkpoint_files import newest_checkpoint
+from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import Prompt, StepMetrics
 

@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of the three families, written as directories, for tests."""
+"""Tiny random Hugging Face models of every family, written as directories, for tests."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -41,6 +42,8 @@ def tiny_config(family: str, *, tied: bool, vocab_size: int = 101, layers: int =
         "bos_token_id": None,
         "pad_token_id": 0,
     }
+    if family == "qwen3_moe":
+        values |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
     return config_class(**(values | fields))
 
 

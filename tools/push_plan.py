@@ -30,6 +30,7 @@ def plan_of(config: Config, ranks: int) -> PushPlan:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
         element_bytes=ELEMENT_BYTES[config.model.dtype],
         bucket_bytes=config.rollout.push_bucket_mib * MIB,
     )

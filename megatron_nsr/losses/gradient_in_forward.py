@@ -73,27 +73,30 @@ class _TrainingHead(ChunkedHead):
         self.states, self.inputs, self.terms = states, inputs, terms
         self.factor = inputs.gradient_scale * inputs.loss_gradient
         self.outputs = HeadOutputs.zeros(len(states), accumulation_dtype(states), states.device, sign_norms=inputs.sign_norms)
+        assert self.outputs.clipped is not None
+        self.clipped: Tensor = self.outputs.clipped
         self.d_hidden = torch.zeros_like(states) if wanted[0] else None
         self.d_weight = WeightGradient(weight) if wanted[1] else None
 
     def add_chunk(self, rows: Rows) -> None:
         """Logits, loss and gradient of some tokens."""
         outputs, inputs, states, targets = self.outputs, self.inputs, self.states[rows], self.inputs.targets[rows]
-        logits = self.weight.logits(states)
+        logits = self.logits(states)
         entropy = inputs.measure_entropy or self.terms.entropy_coefficient > 0
         gathered = self.statistics(logits, targets, entropy=entropy)
         softmax, token = self.path.loss_terms(gathered, inputs.tokens(rows), self.terms)
         outputs.logprobs[rows] = softmax.logprob
         if entropy:
             outputs.entropy[rows] = softmax.entropy
-        outputs.token_loss[rows], outputs.clipped[rows] = token.loss, token.clipped
+        outputs.token_loss[rows], self.clipped[rows] = token.loss, token.clipped
         if self.d_hidden is None and self.d_weight is None and outputs.input_grad_sq is None:
             return
         grad_logprob = token.grad_logprob * self.factor
         grad_entropy = None if token.grad_entropy is None else token.grad_entropy * self.factor
         buffer = self.gradient_buffer(logits, states)
         if outputs.input_grad_sq is not None and grad_entropy is not None:
-            main = self.d_logits(logits, softmax, targets, (grad_logprob, None), torch.empty_like(buffer))
+            spare = torch.empty_like(buffer) if buffer is logits else buffer
+            main = self.d_logits(logits, softmax, targets, (grad_logprob, None), spare)
             outputs.input_grad_sq[rows] = self._norm_sq(self.weight.d_hidden(main))
         gradient = self.d_logits(logits, softmax, targets, (grad_logprob, grad_entropy), buffer)
         d_states = self.weight.d_hidden(gradient)

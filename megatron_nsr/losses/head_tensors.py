@@ -39,16 +39,25 @@ class HeadInputs:
     own_loss: OwnLoss | None = None
     gradient_scale: float = 1.0
     loss_gradient: float = 1.0
-    measure_entropy: bool = True  # without it, and without an entropy bonus, entropy is 0 and costs nothing
+    measure_entropy: bool = True  # without it, and without an entropy bonus, entropy is 0 and costs nothing; for callers of their own
     sign_norms: bool = False  # also return input_grad_sq; with an entropy bonus a fourth product, else free
 
     def __post_init__(self) -> None:
         if (self.weights is None) != (self.scale is None):
             raise ValueError("give weights and scale together: a loss needs both, measuring neither")
+        if self.own_loss is not None and self.weights is None:
+            raise ValueError("own_loss without weights and scale: the head would only measure")
 
     @property
     def trains(self) -> bool:
         return self.weights is not None
+
+    def check_lengths(self, tokens: int) -> None:
+        """Raises ValueError unless there is one number a token everywhere: one for all would be broadcast silently."""
+        for name in ("targets", "weights", "scale", "old_logprobs", "reference_logprobs", "rollout_logprobs"):
+            vector = getattr(self, name)
+            if vector is not None and vector.shape != (tokens,):
+                raise ValueError(f"{name} has shape {tuple(vector.shape)} beside {tokens} hidden states")
 
     def check(self, terms: LossTerms) -> None:
         """Raises ValueError where a term lacks what it is made of."""
@@ -73,6 +82,7 @@ class HeadInputs:
 class HeadOutputs:
     """All [tokens]; `loss` is the sum to call backward on, times gradient_scale; the rest is detached.
 
+    clipped: whether the clip took the token's gradient; None with an own loss, whose clip is its own affair.
     input_grad_sq: squared norm of what the token's loss sends into its hidden state, the entropy bonus excluded, summed over the
     vocabulary's shards before it is squared. Only with `sign_norms`, and never with an own loss.
     """
@@ -81,7 +91,7 @@ class HeadOutputs:
     logprobs: Float[Tensor, "tokens"]
     entropy: Float[Tensor, "tokens"]
     token_loss: Float[Tensor, "tokens"]
-    clipped: Bool[Tensor, "tokens"]
+    clipped: Bool[Tensor, "tokens"] | None
     input_grad_sq: Float[Tensor, "tokens"] | None = None
 
     @classmethod

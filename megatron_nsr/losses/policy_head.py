@@ -33,9 +33,12 @@ def policy_head(
     ranks that share the vocabulary. The gradient of `weight` goes into `weight.main_grad` where that exists (in the forward pass, if
     the loss is one of `terms`). Log-probs, entropy and losses are float32, or float64 for float64 inputs.
 
-    Raises ValueError where `terms` needs a tensor that `inputs` lacks.
+    Raises ValueError where `terms` needs a tensor that `inputs` lacks, and where tensors do not fit one another.
     """
     options = options or HeadOptions()
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: the head multiplies equal types")
+    inputs.check_lengths(len(hidden) * (shard.ranks if shard.sequence_parallel else 1))
     if not inputs.trains:
         return _measured(hidden, weight, inputs, shard, options)
     inputs.check(terms)
@@ -58,10 +61,11 @@ def _with_own_loss(
     assert inputs.own_loss is not None and inputs.scale is not None
     logprobs, entropy = LinearLogprob.apply(hidden, weight, inputs.targets, inputs.rows, shard, options)
     policy_loss = inputs.own_loss(logprobs, entropy)
+    if policy_loss.shape != logprobs.shape:
+        raise ValueError(f"token_loss gave a tensor of shape {tuple(policy_loss.shape)}, not one loss a token, {tuple(logprobs.shape)}")
     losses = inputs.scale * regularized(policy_loss, logprobs, entropy, inputs.reference_logprobs, terms)
     kept = inputs.scale > 0
     if inputs.rows is not None:
         kept = kept & torch.zeros_like(kept).index_fill(0, inputs.rows, True)
     losses = torch.where(kept, losses, torch.zeros_like(losses))
-    clipped = torch.zeros_like(losses, dtype=torch.bool)
-    return HeadOutputs(losses.sum() * inputs.gradient_scale, logprobs.detach(), entropy.detach(), losses.detach(), clipped)
+    return HeadOutputs(losses.sum() * inputs.gradient_scale, logprobs.detach(), entropy.detach(), losses.detach(), clipped=None)

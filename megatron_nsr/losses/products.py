@@ -30,16 +30,21 @@ class HeadWeight:
         self._weight = self.rows.float() if self.upcast else self.rows
         self._fp8 = _to_fp8(_padded(self.rows)) if fp8 else None
 
-    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows columns"]:
-        """hidden @ weight.T in fp32, whatever the inputs' dtype is: log-probs are never taken from logits rounded to bf16."""
+    def logits(
+        self, hidden: Float[Tensor, "rows hidden"], out: Float[Tensor, "rows columns"] | None = None
+    ) -> Float[Tensor, "rows columns"]:
+        """hidden @ weight.T in fp32, whatever the inputs' dtype is: log-probs are never taken from logits rounded to bf16.
+
+        They are written to `out` where one is given; those of an FP8 product are a tensor of their own.
+        """
         if self._fp8 is not None:
             values, scale = self._fp8
             states, states_scale = _to_fp8(hidden)
             product = torch._scaled_mm(states, values.t(), scale_a=states_scale, scale_b=scale, out_dtype=torch.float32)
             return product[:, : len(self.rows)].to(accumulation_dtype(hidden))
         if self.upcast or hidden.dtype in (torch.float32, torch.float64):
-            return hidden.to(self._weight.dtype) @ self._weight.t()
-        return torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
+            return torch.mm(hidden.to(self._weight.dtype), self._weight.t(), out=out)
+        return torch.mm(hidden, self._weight.t(), out_dtype=torch.float32, out=out)
 
     def d_hidden(self, d_logits: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows hidden"]:
         """This shard's part of the hidden states' gradient, in their dtype."""

@@ -39,7 +39,7 @@ class LinearLogprob(torch.autograd.Function):
         d_hidden = torch.zeros_like(states) if ctx.needs_input_grad[0] else None
         d_weight = WeightGradient(weight) if ctx.needs_input_grad[1] else None
         for rows in head.chunks(len(states), ctx.rows):
-            logits = head.weight.logits(states[rows])
+            logits = head.logits(states[rows])
             buffer = head.gradient_buffer(logits, states)
             gradient = head.d_logits(logits, softmax.part(rows), targets[rows], (grads[0][rows], grads[1][rows]), buffer)
             if d_hidden is not None:
@@ -65,7 +65,7 @@ def distributions(
     states = shard.all_tokens(hidden.detach())
     filled = Distribution(*torch.zeros(4, len(states), dtype=accumulation_dtype(states), device=states.device))
     for chunk in head.chunks(len(states), rows):
-        softmax = merge(head.statistics(head.weight.logits(states[chunk]), targets[chunk], entropy=entropy))
+        softmax = merge(head.statistics(head.logits(states[chunk]), targets[chunk], entropy=entropy))
         filled.maximum[chunk], filled.log_total[chunk] = softmax.maximum, softmax.log_total
         filled.logprob[chunk] = softmax.logprob
         if entropy:

@@ -8,7 +8,7 @@ Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,6 +17,8 @@ from torch import Tensor
 # Keeps exp() finite, of ratios and of the KL term. Where w > 0 the clip's bound acts long before. Where w < 0 the clip has no upper
 # bound: this alone (or dual_clip) bounds the loss, and a ratio beyond e^20 gets no gradient without counting as clipped.
 MAX_LOG_RATIO = 20.0
+
+Form = Literal["clipped", "reinforce", "probability"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +29,17 @@ class LossTerms:
     `-w pi` (the paper's equation 6). eps_high acts on positive weights only, eps_low and dual_clip on negative ones only.
     """
 
-    form: Literal["clipped", "reinforce", "probability"] = "clipped"
+    form: Form = "clipped"
     eps_low: float = 0.2
     eps_high: float = 0.2
     dual_clip: float | None = None  # above 1: where w < 0 the ratio counts no more than this
     entropy_coefficient: float = 0.0
     kl_coefficient: float = 0.0  # of k3, e^d - d - 1 with d = log pi_ref - log pi
     correction_cap: float | None = None  # w is multiplied by min(pi_old / pi_rollout, cap)
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise ValueError(f"form={self.form!r} is none of {', '.join(get_args(Form))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
+    token_dispatcher: str  # how tokens reach the experts: megatron-core's allgather or alltoall
 
     def config_overrides(self) -> dict[str, Any]:
         """TransformerConfig fields that this backend needs, by name."""

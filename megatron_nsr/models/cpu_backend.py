@@ -1,6 +1,6 @@
 """Layers in plain torch for machines without CUDA, through megatron-core 0.16.1's own extension points (module specs).
 
-May import: megatron.core, platform.
+May import: megatron.core, platform, models.cpu_experts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_nsr.models.cpu_experts import CpuRoutedLayer, experts_spec
 from megatron_nsr.platform import cpu_patches
 
 
@@ -33,6 +34,7 @@ class CpuBackend:
 
     name = "cpu"
     device = torch.device("cpu")
+    token_dispatcher = "allgather"
 
     def __init__(self) -> None:
         cpu_patches.install()
@@ -187,19 +189,19 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
+    # A checkpoint written here has the keys of the te backend, whose linear layers hold their norm, but not the one before a router.
+    names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts is None:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if config.num_moe_experts is None else CpuRoutedLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=_TorchNorm,
             self_attention=ModuleSpec(module=_PackedSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=_TorchNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=provider),
+            mlp=get_mlp_module_spec_for_backend(backend=provider) if config.num_moe_experts is None else experts_spec(provider),
             mlp_bda=get_bias_dropout_add,
-            # A checkpoint written here has the keys of the te backend, whose linear layers hold their norm.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=names,
         ),
     )

@@ -1,4 +1,4 @@
-"""Reads the shape of a model from a Hugging Face directory's config.json: Qwen2/2.5, Qwen3 and Llama 3 dense models.
+"""Reads the shape of a model from a Hugging Face directory's config.json: Qwen2/2.5, Qwen3, Llama 3 and Qwen3's mixture of experts.
 
 May import: platform.model_files, types.
 """
@@ -13,8 +13,8 @@ from typing import Any, Literal, cast
 from megatron_nsr.platform.model_files import read_json
 from megatron_nsr.types import UserError
 
-Family = Literal["qwen2", "qwen3", "llama"]
-FAMILIES: tuple[Family, ...] = ("qwen2", "qwen3", "llama")
+Family = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
+FAMILIES: tuple[Family, ...] = ("qwen2", "qwen3", "llama", "qwen3_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,23 @@ class Llama3Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """What stands in place of every layer's MLP: a router, and experts of which each token uses a few."""
+
+    experts: int
+    experts_per_token: int
+    ffn: int  # of one expert
+    normalize: bool  # a token's weights of its experts sum to one, instead of being their share of the softmax over all experts
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Everything about an architecture that building, mapping and planning need. Sizes are whole-model sizes."""
 
     family: Family
     num_layers: int
     hidden: int
-    ffn: int
+    ffn: int  # of a dense layer's MLP; not in use where there are experts
     heads: int
     query_groups: int
     head_dim: int
@@ -47,6 +57,7 @@ class ModelShape:
     qk_norm: bool
     max_positions: int
     initializer_range: float
+    moe: MixtureOfExperts | None = None
 
 
 def read_model_shape(path: str) -> ModelShape:
@@ -63,7 +74,7 @@ def read_model_shape(path: str) -> ModelShape:
     groups = reader.integer("num_key_value_heads", default=heads if family == "llama" else None)
     if heads % groups:
         raise reader.error(f"num_key_value_heads={groups} does not divide num_attention_heads={heads}")
-    head_dim = reader.values.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    head_dim = reader.values.get("head_dim") or (128 if family.startswith("qwen3") else hidden // heads)
     return ModelShape(
         family=family,
         num_layers=reader.integer("num_hidden_layers"),
@@ -78,9 +89,10 @@ def read_model_shape(path: str) -> ModelShape:
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family.startswith("qwen3"),
         max_positions=reader.integer("max_position_embeddings"),
         initializer_range=float(reader.values.get("initializer_range", 0.02)),
+        moe=reader.mixture_of_experts() if family == "qwen3_moe" else None,
     )
 
 
@@ -134,6 +146,20 @@ class _Reader:
         if not self.values.get("use_sliding_window") or self.values.get("sliding_window") is None:
             return False
         return int(self.values.get("max_window_layers", 28)) < self.integer("num_hidden_layers")
+
+    def mixture_of_experts(self) -> MixtureOfExperts:
+        if self.values.get("decoder_sparse_step", 1) != 1 or self.values.get("mlp_only_layers"):
+            found = ", ".join(f"{name}={self.values.get(name)!r}" for name in ("decoder_sparse_step", "mlp_only_layers"))
+            raise self.error(f"{found}: layers without experts are not supported (decoder_sparse_step must be 1, mlp_only_layers empty)")
+        # transformers 5 writes num_local_experts
+        experts = self.integer("num_local_experts" if "num_local_experts" in self.values else "num_experts")
+        chosen = self.integer("num_experts_per_tok")
+        if chosen > experts:
+            raise self.error(f"num_experts_per_tok={chosen} exceeds num_experts={experts}")
+        normalize = bool(self.values.get("norm_topk_prob", False))
+        if normalize and chosen == 1:  # every weight would be 1, and the router without a gradient
+            raise self.error("norm_topk_prob=true with num_experts_per_tok=1 is not supported")
+        return MixtureOfExperts(experts, chosen, self.integer("moe_intermediate_size"), normalize)
 
     def rope(self) -> tuple[float, Llama3Rope | None]:
         """(theta, scaling) of either spelling: rope_theta with rope_scaling, or rope_parameters (transformers 5)."""

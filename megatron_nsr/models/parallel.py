@@ -6,10 +6,11 @@ May import: megatron.core, platform, config, types.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from megatron_nsr.config import ParallelConfig
-from megatron_nsr.models.hf_config import ModelShape
-from megatron_nsr.platform import cpu_patches
+from megatron_nsr.models.hf_config import MixtureOfExperts, ModelShape
+from megatron_nsr.platform import cpu_patches, distributed
 from megatron_nsr.platform.distributed import TIMEOUT
 from megatron_nsr.types import UserError
 
@@ -17,20 +18,12 @@ from megatron_nsr.types import UserError
 def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int) -> None:
     """Raises UserError naming the first field that does not fit; needs no process group."""
     tensor, pipeline, virtual = parallel.tensor, parallel.pipeline, parallel.virtual_pipeline
-    for field, size in (
-        ("num_attention_heads", shape.heads),
-        ("num_key_value_heads", shape.query_groups),
-        ("intermediate_size", shape.ffn),
-    ):
+    split = [("num_attention_heads", shape.heads), ("num_key_value_heads", shape.query_groups)]
+    if shape.moe is None:
+        split.append(("intermediate_size", shape.ffn))
+    for field, size in split:
         if size % tensor:
             raise UserError(f"parallel.tensor={tensor} does not divide {field}={size}")
-    if parallel.distributed_optimizer and pipeline > 1 and shape.tie_embeddings:
-        # The tied embedding gets a bucket of its own there, and megatron-core 0.16.1 restores shards from wrong places
-        # (distrib_optimizer.py).
-        raise UserError(
-            f"parallel.distributed_optimizer=true with parallel.pipeline={pipeline}: not with tied embeddings, whose optimizer state "
-            "would not survive a checkpoint; turn one of the two off"
-        )
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")
@@ -39,6 +32,22 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
             f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world_size} "
             f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {tensor * pipeline}"
         )
+    _validate_experts(parallel, shape.moe, world_size // pipeline)
+
+
+def _validate_experts(parallel: ParallelConfig, moe: MixtureOfExperts | None, stage_ranks: int) -> None:
+    """stage_ranks: processes that a pipeline stage is spread over, tensor- and data-parallel ranks together."""
+    if moe is None:
+        if parallel.expert > 1:
+            raise UserError(f"parallel.expert={parallel.expert}: the model has no experts; it must be 1")
+        return
+    if moe.experts % parallel.expert:
+        raise UserError(f"parallel.expert={parallel.expert} does not divide num_experts={moe.experts}")
+    if stage_ranks % parallel.expert:
+        raise UserError(f"parallel.expert={parallel.expert} does not divide the {stage_ranks} processes of a pipeline stage")
+    if parallel.tensor > 1 and not parallel.sequence:
+        # Experts are whole on their rank: tensor-parallel ranks must hand them different tokens.
+        raise UserError(f"parallel.tensor={parallel.tensor} of a model with experts needs parallel.sequence=true")
 
 
 def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size: int, seed: int) -> None:
@@ -57,14 +66,23 @@ def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
     model_parallel_cuda_manual_seed(seed)
 
 
 def destroy_parallel() -> None:
-    """Forgets megatron-core's process groups where there are any."""
+    """Ends megatron-core's process groups where there are any. Every rank calls it."""
     from megatron.core import parallel_state
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    distributed.barrier()  # a rank may still be at work in one of them
+    groups = [group for group in parallel_state._global_process_group_list if group is not None]
+    parallel_state.destroy_model_parallel()
+    # megatron-core 0.16.1 ends a few of its groups and forgets the others (parallel_state.py, line 2085), with threads and connections.
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend
-from megatron_nsr.models.hf_config import Llama3Rope, ModelShape
+from megatron_nsr.models.hf_config import Llama3Rope, MixtureOfExperts, ModelShape
 
 Head = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 
@@ -95,6 +95,11 @@ def _build_chunk(
         vp_stage=vp_stage,
         head=head,
     )
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            # Their gradients are summed over the ranks that have the same experts but other tokens. tensor_parallel/layers.py says so only
+            # with several expert-parallel ranks, but tensor-parallel ranks have other tokens too.
+            parameter.allreduce = False
     if shape.rope_scaling is not None:
         # RotaryEmbedding(rope_scaling=True) fixes all but the factor (models/common/embeddings/rotary_pos_embedding.py).
         chunk.rotary_pos_emb.inv_freq = llama3_frequencies(shape.rope_theta, shape.head_dim, shape.rope_scaling)
@@ -122,7 +127,7 @@ def transformer_config(
     recompute: Literal["none", "selective", "full"],
 ) -> TransformerConfig:
     """megatron-core's configuration of this model on this layout."""
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -148,9 +153,13 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         **_layout_fields(parallel),
+        **(_expert_fields(shape.moe, parallel) if shape.moe else {}),
         **_recompute_fields(recompute),
         **backend.config_overrides(),
     )
+    # Set afterwards, as transformer_config.py (line 1827) refuses an all-gather of lengths that differ, which cpu_experts.py can.
+    config.moe_token_dispatcher_type = backend.token_dispatcher
+    return config
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
@@ -164,6 +173,20 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
         # The interleaved schedule gives wrong numbers with batched point-to-point calls over gloo (p2p_communication.py).
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return fields
+
+
+def _expert_fields(moe: MixtureOfExperts, parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": moe.experts,
+        "moe_ffn_hidden_size": moe.ffn,
+        "moe_router_topk": moe.experts_per_token,
+        # The softmax over the chosen experts alone is the normalised share of the softmax over all.
+        "moe_router_pre_softmax": not moe.normalize,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # expert_routing.py has a loss of its own
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _recompute_fields(recompute: Literal["none", "selective", "full"]) -> dict[str, Any]:

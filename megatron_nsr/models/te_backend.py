@@ -1,6 +1,6 @@
 """Layers of Transformer Engine for CUDA, from megatron-core 0.16.1's own specs.
 
-May import: megatron.core, types. Transformer Engine is imported only when the backend is built.
+May import: megatron.core, types, models.expert_routing. Transformer Engine is imported only when the backend is built.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class TransformerEngineBackend:
     """The `te` backend: nccl, fused norms and attention."""
 
     name = "te"
+    token_dispatcher = "alltoall"
 
     def __init__(self) -> None:
         """Raises UserError where CUDA or Transformer Engine is missing."""
@@ -43,12 +44,19 @@ class TransformerEngineBackend:
             "bias_dropout_fusion": True,
             "apply_rope_fusion": True,
             "deallocate_pipeline_outputs": True,
+            "moe_grouped_gemm": True,  # read only where there are experts
         }
 
     def block_spec(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage)
+        if config.num_moe_experts is not None:
+            from megatron_nsr.models.expert_routing import BalancedRouter, RoutedLayer
+
+            for layer in spec.layer_specs:
+                layer.module, layer.submodules.mlp.submodules.router = RoutedLayer, BalancedRouter
+        return spec
 
     def phase(self) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -28,7 +28,7 @@ class CallSite(NamedTuple):
 _NAMES = "install(): torch.cuda.current_device and torch.cuda.synchronize"
 _PHASE = "megatron_phase(): device='cuda', Tensor.cuda(), Tensor.type()"
 _TRACKER = "install(): the random number tracker"
-_ADAM_STEP = "install(): DistributedOptimizer._set_main_param_and_optimizer_states"
+_ROUTER = "install(): moe_utils.te_general_gemm"
 _DEVICE_TAKEN = "the file takes its device from a parameter or the process group"
 
 PATCHED_CALL_SITES: tuple[CallSite, ...] = (
@@ -77,10 +77,10 @@ PATCHED_CALL_SITES: tuple[CallSite, ...] = (
         "trackers take a device",
     ),
     CallSite(
-        "optimizer/distrib_optimizer.py",
-        _ADAM_STEP,
-        "_set_main_param_and_optimizer_states expects torch Adam's `step` among the loaded tensors, which its checkpoints do not hold",
-        "it restores `step` as it does for Apex's Adam",
+        "transformer/moe/moe_utils.py",
+        _ROUTER,
+        "RouterGatingLinearFunction reads te_general_gemm, which is not defined where Transformer Engine cannot be imported",
+        "it is None there, as in extensions/transformer_engine.py",
     ),
 )
 
@@ -107,7 +107,7 @@ def install() -> None:
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
     _install_random_tracker()
-    _install_adam_step()
+    _install_router_product()
     _installed = True
 
 
@@ -147,18 +147,12 @@ def _install_random_tracker() -> None:
     upstream._set_cuda_rng_state = lambda *_args, **_kwargs: None  # recomputation restores the CPU generator itself
 
 
-def _install_adam_step() -> None:
-    """Keeps the `step` that Adam's state has when a checkpoint's tensors are copied into it; whoever loads sets it afterwards."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+def _install_router_product() -> None:
+    """Lets the router fall back to torch's matrix product."""
+    from megatron.core.transformer.moe import moe_utils
 
-    upstream = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        upstream(self, model_param, {**tensors, "step": state["step"].clone()} if "step" in state else tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def megatron_phase() -> contextlib.AbstractContextManager[Any]:

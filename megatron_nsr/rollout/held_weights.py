@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_nsr.rollout.engine import Region
-from megatron_nsr.rollout.pushed_weights import EMBEDDING, HEAD
+from megatron_nsr.rollout.pushed_weights import EMBEDDING, EXPERT_PARTS, HEAD
+from megatron_nsr.rollout.vllm_experts import expert_parts, read_experts
 from megatron_nsr.weights.checksums import checksum
 
 UNIT_VECTORS = 256  # sent through a layer at once
@@ -29,7 +31,7 @@ class HeldPart:
     """Where one rank of an engine keeps its part of an HF tensor.
 
     parameter: the engine's parameter, of which it is the `rows` rows from `row` on. first_row, first_column: of the whole HF
-    tensor, that the part starts with.
+    tensor, that the part starts with. expert, columns: where the parameter holds several experts, which one, and how many columns.
     """
 
     parameter: str
@@ -37,6 +39,13 @@ class HeldPart:
     rows: int
     first_row: int
     first_column: int
+    expert: int | None = None
+    columns: int | None = None
+
+    def of(self, value: Tensor) -> Tensor:
+        """The part of the parameter's values."""
+        matrix = value if self.expert is None else value[self.expert, :, : self.columns]
+        return matrix[self.row : self.row + self.rows]
 
 
 def held_parts(model: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> dict[str, HeldPart]:
@@ -51,7 +60,10 @@ def held_parts(model: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> d
     for module_name, module, name in _parameters(model):
         stem, _, last = module_name.rpartition(".")
         parameter = f"{module_name}.{name}"
-        if last in packed:
+        if name in EXPERT_PARTS:
+            for hf, place in expert_parts(module, parameter, rank):
+                found[hf] = HeldPart(parameter, place.row, place.rows, place.first_row, place.first_column, place.expert, place.columns)
+        elif last in packed:
             row = 0
             for number, (part, rows) in enumerate(zip(packed[last], module.output_partition_sizes, strict=True)):
                 replicas = getattr(module, "num_kv_head_replicas", 1) if number else 1  # neighbours hold the same keys and values
@@ -61,10 +73,10 @@ def held_parts(model: torch.nn.Module, packed: Mapping[str, Sequence[str]]) -> d
             held = getattr(module, name).shape[0]
             rows = max(0, min(held, module.org_vocab_size - rank * held))
             found[parameter] = HeldPart(parameter, 0, rows, rank * held, 0)
-        elif hasattr(module, "input_size_per_partition") and name == "weight":
-            inputs = module.input_size_per_partition
+        elif hasattr(module, "input_size") and name == "weight":
+            inputs, outputs = _linear_size(module)
             cut = inputs != module.input_size
-            found[parameter] = HeldPart(parameter, 0, module.output_size_per_partition, 0, rank * inputs if cut else 0)
+            found[parameter] = HeldPart(parameter, 0, outputs, 0, rank * inputs if cut else 0)
         else:
             found[parameter] = HeldPart(parameter, 0, len(getattr(module, name)), 0, 0)
     return found
@@ -82,8 +94,7 @@ def held_checksums(model: torch.nn.Module, parts: Mapping[str, HeldPart], dtype:
         for hf in by_parameter[f"{module_name}.{name}"]:
             part = parts[hf]
             rows = torch.arange(part.first_row, part.first_row + part.rows)
-            held = value[part.row : part.row + part.rows]
-            sums[hf, part.first_row, part.first_column] = checksum(held, rows, part.first_column, dtype)
+            sums[hf, part.first_row, part.first_column] = checksum(part.of(value), rows, part.first_column, dtype)
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
@@ -113,14 +124,22 @@ def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
             yield module_name, module, name
 
 
+def _linear_size(module: torch.nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of this rank's part of a linear layer; one that all ranks have whole, as a router, names no partition."""
+    whole: Any = module
+    return getattr(whole, "input_size_per_partition", whole.input_size), getattr(whole, "output_size_per_partition", whole.output_size)
+
+
 def _read(module: torch.nn.Module, name: str) -> Tensor:
     """A parameter's values as the layer uses them, [outputs, inputs] for a matrix."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+    if name in EXPERT_PARTS:
+        return read_experts(module, name)
     looked_up = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)  # its packed copy is never used
     if name != "weight" or looked_up or not hasattr(module, "cpu_linear"):
         return getattr(module, name)  # type: ignore[no-any-return]
-    inputs = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    inputs = _linear_size(module)[0] if hasattr(module, "input_size") else module.embedding_dim
     outputs = []
     for start in range(0, inputs, UNIT_VECTORS):
         places = torch.arange(start, min(start + UNIT_VECTORS, inputs))

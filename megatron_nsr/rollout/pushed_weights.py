@@ -5,24 +5,40 @@ May import: torch and the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def checkpoint_names(parameters: Iterable[str], packed: Mapping[str, Sequence[str]]) -> frozenset[str]:
-    """The HF names behind an engine's parameters: `qkv_proj.weight` with packed {"qkv_proj": [q, k, v]} stands for three tensors."""
+# what vLLM calls the experts' weights, all experts of a layer in one tensor
+EXPERT_PARTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+
+
+def checkpoint_names(parameters: Mapping[str, torch.Tensor], packed: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """The HF names behind an engine's parameters: `qkv_proj.weight` with packed {"qkv_proj": [q, k, v]} stands for three tensors.
+
+    A tensor of experts, [experts, ...], stands for one or two of each of them.
+    """
     names: set[str] = set()
-    for parameter in parameters:
+    for parameter, tensor in parameters.items():
         parts = parameter.split(".")
+        if parts[-1] in EXPERT_PARTS:
+            names.update(name for expert in range(len(tensor)) for name in expert_names(parameter, expert))
+            continue
         fused = next((i for i, part in enumerate(parts) if part in packed), None)
         if fused is None:
             names.add(parameter)
         else:
             names.update(".".join([*parts[:fused], part, *parts[fused + 1 :]]) for part in packed[parts[fused]])
     return frozenset(names)
+
+
+def expert_names(parameter: str, expert: int) -> list[str]:
+    """The HF names of one expert's part of vLLM's `...mlp.experts.routed_experts.w13_weight`."""
+    module, _, last = parameter.rpartition(".")
+    return [f"{module.removesuffix('.routed_experts')}.{expert}.{part}.weight" for part in EXPERT_PARTS[last]]
 
 
 class PushedWeights:

@@ -18,6 +18,7 @@ import torch
 from megatron_nsr.rollout.held_weights import held_checksums, held_parts
 from megatron_nsr.rollout.pushed_weights import checkpoint_names
 from megatron_nsr.rollout.vllm_api import register_file_transport
+from megatron_nsr.rollout.vllm_experts import repack_at_next_reload
 
 FILE_TRANSPORT = "megatron_nsr_file"
 MODEL_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
@@ -51,7 +52,7 @@ class WorkerExtension:
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "model": {field: getattr(hf, field) for field in MODEL_FIELDS},
-            "names": sorted(checkpoint_names((name for name, _ in model.named_parameters()), getattr(model, "packed_modules_mapping", {}))),
+            "names": sorted(checkpoint_names(dict(model.named_parameters()), getattr(model, "packed_modules_mapping", {}))),
         }
 
     def nsr_held(self) -> dict[str, Any]:
@@ -80,4 +81,4 @@ class WorkerExtension:
         return {"held": [[*region, share] for region, share in sums.items()]}
 
 
-register_file_transport(FILE_TRANSPORT, read_tensors)
+register_file_transport(FILE_TRANSPORT, read_tensors, prepare=repack_at_next_reload)

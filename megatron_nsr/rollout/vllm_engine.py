@@ -21,6 +21,7 @@ from megatron_nsr.rollout.held_weights import HeldPart, held_checksums, held_par
 from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
 from megatron_nsr.rollout.vllm_api import read_completion, sampling_fields
 from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
+from megatron_nsr.rollout.vllm_experts import repack_at_next_reload
 from megatron_nsr.rollout.vllm_options import cpu_options
 from megatron_nsr.types import UserError
 
@@ -58,7 +59,7 @@ class VllmEngine:
     ) -> None:
         from transformers import AutoConfig
 
-        on_cpu = not torch.cuda.is_available()
+        self._on_cpu = on_cpu = not torch.cuda.is_available()
         config = AutoConfig.from_pretrained(model_dir)
         self._distributed = dist.is_initialized()
         world_size = dist.get_world_size() if self._distributed else 1
@@ -131,6 +132,8 @@ class VllmEngine:
         self._version = None
         pushed = PushedWeights(tensors, self._expected, vocabulary=self._vocabulary, copy_embedding=self._copy_embedding)
         try:
+            if self._on_cpu:
+                self._llm.apply_model(repack_at_next_reload)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(pushed)})
         finally:
             pushed.drain()
@@ -168,7 +171,7 @@ def vllm_sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
 
 
 def _checkpoint_names(model: torch.nn.Module) -> frozenset[str]:
-    return checkpoint_names((name for name, _ in model.named_parameters()), _packed(model))
+    return checkpoint_names(dict(model.named_parameters()), _packed(model))
 
 
 def _held_parts(model: torch.nn.Module) -> dict[str, HeldPart]:

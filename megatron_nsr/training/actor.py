@@ -13,23 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss
+from megatron_nsr.training.load_balancing import aux_loss_metric, balance_mini_batch
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.optimizer import set_learning_rate
 from megatron_nsr.training.packing import pack_micro_batches, with_old_logprobs
 from megatron_nsr.training.parallel_groups import ParallelGroups
-from megatron_nsr.training.sign_probe import compare_gradients, copy_gradients
+from megatron_nsr.training.sign_probe import Gradients, compare_gradients, copied, main_gradients
 from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
 MicroBatches = list[TrainBatch]
 HeadWork = tuple[HeadInputs, LossTerms]  # what the model hands to its head as labels
+Work = tuple[TrainBatch, HeadWork, LoadBalancing | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,19 @@ class PreparedStep:
     kept: TokenSums
     probed: TokenSums
     probe_weight: float  # dropped samples a measured one stands for
+    sign_norms: bool = False  # also measure what each sign sends into the head
     compare_signs: bool = False  # also measure each sign's whole gradient, on the first mini-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnostics:
-    """What is measured beside training. sign_norms: at the head's input, every update. probe_every: whole gradients; 0 never.
+    """What is measured beside training, and at which steps; 0 is never. sign_norms_every: gradients of each sign at the head's input.
 
+    probe_every: each sign's whole gradient.
     dropped_share: of dropped samples, on which entropy and log-prob gap are measured too.
     """
 
-    sign_norms: bool
+    sign_norms_every: int
     probe_every: int
     dropped_share: float
     seed: int
@@ -70,13 +74,15 @@ class Actor:
         terms: LossTerms,
         own_loss: OwnLoss | None,
         tokens_per_micro_batch: int,
+        router_aux_loss: float,
         diagnostics: Diagnostics,
     ) -> None:
         self.chunks = list(chunks)  # the bare model
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
         self.terms, self.own_loss = terms, own_loss
-        self.budget, self.diagnostics = tokens_per_micro_batch, diagnostics
+        self.budget, self.router_aux_loss, self.diagnostics = tokens_per_micro_batch, router_aux_loss, diagnostics
         config = self.wrapped[0].config
+        self._in_step = config.expert_model_parallel_size > 1
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
         self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
@@ -99,29 +105,33 @@ class Actor:
             kept,
             measure(probed, outputs[len(to_score) :]),
             len(batch.dropped) / len(probe) if probe else 0.0,
-            compare_signs=self.diagnostics.probe_every > 0 and step % self.diagnostics.probe_every == 0,
+            sign_norms=_is_due(self.diagnostics.sign_norms_every, step),
+            compare_signs=_is_due(self.diagnostics.probe_every, step),
         )
 
     def update(self, prepared: PreparedStep, learning_rate: float) -> dict[str, float]:
         """One optimizer step a mini-batch; with none it is a no-op that says so (`policy/updates` 0).
 
-        Raises FloatingPointError when a gradient norm is not finite, before anything is saved.
+        Raises FloatingPointError when a gradient norm or the loss is not finite, before anything is saved.
         """
         set_learning_rate(self.optimizer, learning_rate)
-        sums, grad_norms, kept = [], [], prepared.kept
+        sums, grad_norms, balanced, kept = [], [], [], prepared.kept
         compared = self._compare_signs(prepared.mini_batches[0]) if prepared.compare_signs and prepared.mini_batches else {}
         for micro_batches in prepared.mini_batches:
-            outputs = self._forward_backward(micro_batches)
+            balancing = balance_mini_batch(micro_batches, self.router_aux_loss, self.groups) if self.router_aux_loss else None
+            outputs = self._forward_backward(micro_batches, balancing=balancing, sign_norms=prepared.sign_norms)
+            if balancing:
+                balanced.append(balancing)
             if micro_batches[0].old_logprobs is None:
                 kept = measure(micro_batches, outputs)
             sums.append(measure_update(micro_batches, outputs, self.terms))
             grad_norms.append(self._optimizer_step())
-        return {
-            "policy/learning_rate": learning_rate,
-            **measured_metrics(kept, prepared.probed, prepared.probe_weight, self.groups),
-            **update_metrics(sums, grad_norms, self.groups),
-            **compared,
-        }
+        metrics = update_metrics(sums, grad_norms, self.groups)
+        if not math.isfinite(loss := metrics.get("policy/loss", 0.0)):  # a clipped token without a log-prob spoils no gradient
+            raise FloatingPointError(f"policy loss is {loss}: the update was lost; the last checkpoint is unharmed")
+        metrics |= aux_loss_metric(balanced, self.wrapped[0].config.num_layers, self.groups)
+        measured = measured_metrics(kept, prepared.probed, prepared.probe_weight, self.groups)
+        return {"policy/learning_rate": learning_rate, **measured, **metrics, **compared}
 
     def measure_samples(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Entropy and log-prob gap over samples that are not trained on."""
@@ -143,6 +153,7 @@ class Actor:
             data_parallel_size=self.groups.data_size,
             count_multiple=self._count_multiple,
             token_multiple=self._token_multiple,
+            in_step=self._in_step,
             device=self.groups.device,
         )
 
@@ -154,15 +165,24 @@ class Actor:
     def _compare_signs(self, micro_batches: MicroBatches) -> dict[str, float]:
         """Norms of the gradients of positive and of negative samples, entropy bonus excluded, and the cosine between them."""
         terms = replace(self.terms, entropy_coefficient=0.0)
-        gradients = []
-        for sign in (1.0, -1.0):
-            one_sign = [replace(m, scale=m.scale * (m.weights * sign > 0)) for m in micro_batches]
-            self._forward_backward(one_sign, terms)
-            with self.backend.phase():
-                gradients.append(copy_gradients(self.optimizer))
-        return compare_gradients(self.optimizer, gradients[0], gradients[1])
 
-    def _forward_backward(self, micro_batches: MicroBatches, terms: LossTerms | None = None) -> list[HeadOutputs]:
+        def of_sign(sign: float) -> Gradients:
+            one_sign = [replace(m, scale=m.scale * (m.weights * sign > 0)) for m in micro_batches]
+            self._forward_backward(one_sign, terms=terms)
+            with self.backend.phase():
+                return main_gradients(self.optimizer)
+
+        positive = copied(of_sign(1.0))
+        return compare_gradients(self.optimizer, positive, of_sign(-1.0), self.groups.device)
+
+    def _forward_backward(
+        self,
+        micro_batches: MicroBatches,
+        *,
+        terms: LossTerms | None = None,
+        balancing: Sequence[LoadBalancing] | None = None,
+        sign_norms: bool = False,
+    ) -> list[HeadOutputs]:
         """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
         with self.backend.phase():
             for chunk in self.wrapped:
@@ -182,16 +202,24 @@ class Actor:
                 own_loss=partial(self.own_loss.token_loss, batch=micro) if self.own_loss else None,
                 gradient_scale=float(count * self.groups.data_size),  # the data-parallel wrapper divides by its ranks
                 loss_gradient=loss_gradient,
-                sign_norms=self.diagnostics.sign_norms and terms is None,
+                sign_norms=sign_norms,
             )
             for micro in micro_batches
         ]
-        return self._run(micro_batches, inputs, terms=terms, forward_only=False)
+        return self._run(micro_batches, inputs, terms=terms, balancing=balancing, forward_only=False)
 
     def _run(
-        self, micro_batches: MicroBatches, inputs: Sequence[HeadInputs], *, terms: LossTerms | None = None, forward_only: bool
+        self,
+        micro_batches: MicroBatches,
+        inputs: Sequence[HeadInputs],
+        *,
+        terms: LossTerms | None = None,
+        balancing: Sequence[LoadBalancing] | None = None,
+        forward_only: bool,
     ) -> list[HeadOutputs]:
-        work = [(micro, (head_inputs, terms or self.terms)) for micro, head_inputs in zip(micro_batches, inputs, strict=True)]
+        labels = [(head_inputs, terms or self.terms) for head_inputs in inputs]
+        balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
+        work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
         several = len(self.wrapped) > 1
         with self.backend.phase():
             outputs = get_forward_backward_func()(
@@ -213,15 +241,20 @@ class Actor:
         return float(grad_norm)
 
 
-def _forward_step(work: Iterator[tuple[TrainBatch, HeadWork]], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
     """What megatron-core's schedule calls for each micro-batch and chunk."""
-    batch, labels = next(work)
-    packing = PackedSeqParams(
+    batch, labels, balancing = next(work)
+    packing = BalancedPacking(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        balancing=balancing,
     )
     output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
     return output, lambda head: (head.loss, head)

@@ -18,7 +18,9 @@ from megatron_nsr.types import TrainBatch
 
 _MEASURED = ("tokens", "entropy", "logprob", "gap")
 _SIGNS = ("psr", "nsr")
-_BY_SIGN = ("loss", "tokens", "clipped", "entropy", "logprob", "input_grad_sq")
+_VECTORS = ("loss", "clipped", "entropy", "logprob", "input_grad_sq")
+# The head does not always give the last two: the tokens that had them tell "none" from 0.
+_BY_SIGN = ("tokens", *_VECTORS, "tokens_with_clipped", "tokens_with_input_grad_sq")
 _UPDATED = ("loss", "correction", *(f"{name}_{sign}" for name in _BY_SIGN for sign in _SIGNS))
 
 
@@ -70,9 +72,10 @@ def measure_update(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]
         for sign, chosen in (("psr", (batch.weights > 0) & (batch.scale > 0)), ("nsr", (batch.weights < 0) & (batch.scale > 0))):
             total.add(f"tokens_{sign}", chosen.sum())
             vectors = (policy_loss, output.clipped, output.entropy, output.logprobs, output.input_grad_sq)
-            for name, vector in zip(("loss", "clipped", "entropy", "logprob", "input_grad_sq"), vectors, strict=True):
+            for name, vector in zip(_VECTORS, vectors, strict=True):
                 if vector is not None:
                     total.add(f"{name}_{sign}", vector[chosen].double().sum())
+                    total.add(f"tokens_with_{name}_{sign}", chosen.sum())
     return total
 
 
@@ -119,11 +122,12 @@ def _sign_metrics(reduced: Sequence[dict[str, float]], sign: str) -> dict[str, f
     if not total["tokens"]:
         return {}
     metrics = {
-        f"policy/clip_fraction_{sign}": total["clipped"] / total["tokens"],
         f"policy/entropy_{sign}": total["entropy"] / total["tokens"],
         f"policy/logprob_{sign}": total["logprob"] / total["tokens"],
     }
-    if total["input_grad_sq"]:
+    if total["tokens_with_clipped"]:
+        metrics[f"policy/clip_fraction_{sign}"] = total["clipped"] / total["tokens"]
+    if total["tokens_with_input_grad_sq"]:
         norms = [math.sqrt(sums[f"input_grad_sq_{sign}"]) for sums in reduced]
         metrics[f"policy/grad_norm_head_{sign}"] = sum(norms) / len(norms)
     return metrics

@@ -31,15 +31,22 @@ def balance(sizes: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(content) for content in contents]
 
 
-def split_by_budget(sizes: Sequence[int], budget: int, multiple: int) -> list[list[int]]:
-    """The fewest balanced bins, a multiple of `multiple`, of which none exceeds `budget` unless it holds a single item."""
-    bins = max(1, -(-sum(sizes) // budget))
+def split_by_budget(lists: Sequence[Sequence[int]], budget: int, multiple: int) -> list[list[list[int]]]:
+    """For each list of sizes balanced bins, of which none exceeds `budget` unless it holds a single item.
+
+    All lists get the same number of bins: the smallest multiple of `multiple` that does for each of them.
+    """
+    bins = max(1, *(-(-sum(sizes) // budget) for sizes in lists))
     while True:
         bins += -bins % multiple
-        contents = balance(sizes, bins)
-        if all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents):
-            return contents
+        splits = [balance(sizes, bins) for sizes in lists]
+        if all(_fits(sizes, split, budget) for sizes, split in zip(lists, splits, strict=True)):
+            return splits
         bins += 1
+
+
+def _fits(sizes: Sequence[int], split: Sequence[Sequence[int]], budget: int) -> bool:
+    return all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in split)
 
 
 def pack_micro_batches(
@@ -50,17 +57,22 @@ def pack_micro_batches(
     data_parallel_size: int = 1,
     count_multiple: int = 1,
     token_multiple: int = 1,
+    in_step: bool = False,
     device: torch.device | None = None,
 ) -> list[TrainBatch]:
     """This data-parallel rank's micro-batches of a mini-batch: at least one, if need be without a real sample.
 
     budget: tokens a micro-batch. count_multiple: of the number of micro-batches (the interleaved schedule wants a
-    multiple of the pipeline stages). token_multiple: of the tokens (sequence parallelism splits them evenly).
+    multiple of the pipeline stages). token_multiple: of the tokens (sequence parallelism splits them evenly). in_step: all ranks
+    get the same number of micro-batches, as experts of one rank serve the tokens of others.
     """
-    mine = balance([sequence_tokens(s.trajectory) for s in samples], data_parallel_size)[data_parallel_rank]
-    local = [samples[i] for i in mine]
-    bins = split_by_budget([sequence_tokens(s.trajectory) for s in local], budget, count_multiple)
-    return [pack([local[i] for i in content], token_multiple, device) for content in bins]
+    sizes = [sequence_tokens(s.trajectory) for s in samples]
+    shares = balance(sizes, data_parallel_size)
+    mine = shares[data_parallel_rank]
+    packed = shares if in_step else [mine]
+    splits = split_by_budget([[sizes[i] for i in share] for share in packed], budget, count_multiple)
+    bins = splits[data_parallel_rank if in_step else 0]
+    return [pack([samples[mine[i]] for i in content], token_multiple, device) for content in bins]
 
 
 def pack(samples: Sequence[WeightedSample], token_multiple: int = 1, device: torch.device | None = None) -> TrainBatch:

@@ -43,6 +43,14 @@ class ParallelGroups:
         dist.all_reduce(values)
         return values.cpu()
 
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over all ranks, on every rank."""
+        if dist.get_world_size() == 1:
+            return values
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
     def max_over_world(self, values: torch.Tensor) -> torch.Tensor:
         if dist.get_world_size() == 1:
             return values

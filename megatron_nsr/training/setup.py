@@ -18,7 +18,8 @@ from megatron_nsr.models.policy import Head, build_policy
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
-from megatron_nsr.training.checkpoints import is_checkpoint, load_state, read_description
+from megatron_nsr.training.checkpoint_files import is_checkpoint, read_description
+from megatron_nsr.training.checkpoints import load_state
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
@@ -39,6 +40,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
     )
     load_initial_weights(chunks, config, shape, backend)
+    signed = config.objective.name != "supervised"
     wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
     if training:
         with backend.phase():
@@ -53,9 +55,10 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         terms=loss_terms(config.objective),
         own_loss=own_loss,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+        router_aux_loss=config.training.router_aux_loss,
         diagnostics=Diagnostics(
-            sign_norms=config.logging.sign_norms and config.objective.name != "supervised",
-            probe_every=config.logging.probe_every,
+            sign_norms_every=config.logging.sign_norms_every if signed else 0,
+            probe_every=config.logging.probe_every if signed else 0,
             dropped_share=config.objective.dropped_share,
             seed=config.run.seed,
         ),

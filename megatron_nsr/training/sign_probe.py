@@ -12,21 +12,27 @@ import torch.distributed as dist
 Gradients = list[list[torch.Tensor]]  # a list a chained optimizer
 
 
-def copy_gradients(optimizer: Any) -> Gradients:
-    """This rank's part of the reduced gradient, each parameter counted on one rank, as megatron-core counts it for its norm."""
-    copies = []
+def main_gradients(optimizer: Any) -> Gradients:
+    """This rank's part of the reduced gradient, each parameter counted on one rank, as megatron-core counts it for its norm.
+
+    The tensors are the optimizer's own: the next backward pass overwrites them.
+    """
+    gradients = []
     for part in optimizer.chained_optimizers:
         part.prepare_grads()
-        copies.append([gradient.detach().clone() for gradient in part.get_main_grads_for_grad_norm()])
-    return copies
+        gradients.append([gradient.detach() for gradient in part.get_main_grads_for_grad_norm()])
+    return gradients
 
 
-def compare_gradients(optimizer: Any, positive: Gradients, negative: Gradients) -> dict[str, float]:
+def copied(gradients: Gradients) -> Gradients:
+    return [[gradient.clone() for gradient in part] for part in gradients]
+
+
+def compare_gradients(optimizer: Any, positive: Gradients, negative: Gradients, device: torch.device) -> dict[str, float]:
     """Norm of each sign's gradient where it has one, and the cosine between them where both have."""
     totals = torch.zeros(3, dtype=torch.float64)
     for part, psr, nsr in zip(optimizer.chained_optimizers, positive, negative, strict=True):
-        sums = torch.tensor([_dot(psr, psr), _dot(nsr, nsr), _dot(psr, nsr)], dtype=torch.float64)
-        sums = sums.to(psr[0].device if psr else None)
+        sums = torch.tensor([_dot(psr, psr), _dot(nsr, nsr), _dot(psr, nsr)], dtype=torch.float64, device=device)
         dist.all_reduce(sums, group=part.get_grad_stats_parallel_group())
         totals += sums.cpu()
     psr_norm, nsr_norm = math.sqrt(totals[0]), math.sqrt(totals[1])

@@ -53,24 +53,36 @@ def checksum(shard: Tensor, rows: Tensor, first_column: int, dtype: torch.dtype)
 def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype) -> dict[str, int]:
     """HF name: checksum of the policy's tensor in `dtype`, taken from the shards where they lie, so that no push is part of it.
 
-    Collective over the tensor- and pipeline-parallel ranks; the same on each of them. What tensor-parallel ranks hold replicated
-    is taken from the first.
+    Collective over the tensor-, pipeline- and expert-parallel ranks; the same on each of them. What tensor-parallel ranks hold
+    replicated is taken from the first.
     """
-    tp, pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
+    groups = chunks[0].pg_collection
+    found: dict[str, int] = {}
+    for experts, spread_over in ((False, groups.tp), (True, groups.ep)):
+        sums = _local_checksums(plan, chunks, dtype, experts=experts)
+        if sums:
+            flat = torch.stack(list(sums.values()))
+            for group in (spread_over, groups.pp):
+                if group.size() > 1:
+                    dist.all_reduce(flat, group=group)
+            found |= dict(zip(sums, flat.tolist(), strict=True))
+    return found
+
+
+def _local_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype, *, experts: bool) -> dict[str, Tensor]:
+    """This rank's part of the checksums of all tensors that are, or are not, those of experts; zero for what it does not have."""
+    groups = chunks[0].pg_collection
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
     zero = torch.zeros((), dtype=torch.int64, device=next(iter(parameters[0].values())).device)
     sums: dict[str, Tensor] = {}
-    for piece in (piece for bucket in plan.buckets for piece in bucket.pieces):
+    for piece in (piece for bucket in plan.buckets for piece in bucket.pieces if (piece.entry.expert is not None) == experts):
         sums |= dict.fromkeys(piece.entry.hf, zero)
-        if piece.where.pipeline_rank == pp.rank() and (piece.entry.layout.sharded or tp.rank() == 0):
-            _, parameter = local_parameter(piece.entry, piece.where.index, parameters[piece.where.vp_stage])
-            shards = hf_shards(piece, parameter, tp.rank(), plan.tensor, plan.shape)
+        counts = piece.where.expert_rank == groups.ep.rank() if experts else piece.entry.layout.sharded or groups.tp.rank() == 0
+        if counts and piece.where.pipeline_rank == groups.pp.rank():
+            _, parameter = local_parameter(piece.entry, piece.where, parameters[piece.where.vp_stage])
+            shards = hf_shards(piece, parameter, groups.tp.rank(), plan.tensor, plan.shape)
             sums |= {name: checksum(shard, rows, column, dtype) for name, shard, rows, column in shards}
-    flat = torch.stack(list(sums.values()))
-    for group in (tp, pp):
-        if group.size() > 1:
-            dist.all_reduce(flat, group=group)
-    return dict(zip(sums, flat.tolist(), strict=True))
+    return sums
 
 
 def hf_shards(piece: Piece, parameter: Tensor, rank: int, size: int, shape: ModelShape) -> Iterator[tuple[str, Tensor, Tensor, int]]:

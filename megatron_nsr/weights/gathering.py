@@ -30,6 +30,7 @@ def plan_for(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_bytes: int
         tensor=groups.tp.size(),
         pipeline=groups.pp.size(),
         virtual_pipeline=len(chunks),
+        expert=groups.ep.size(),
         element_bytes=next(chunks[0].parameters()).element_size(),
         bucket_bytes=bucket_bytes,
     )
@@ -37,7 +38,7 @@ def plan_for(chunks: Sequence[PolicyModel], shape: ModelShape, bucket_bytes: int
 
 @torch.no_grad()
 def execute_push_plan(plan: PushPlan, chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
-    """Collective over the tensor- and pipeline-parallel ranks: every rank yields the same (HF name, whole tensor) sequence.
+    """Collective over the tensor-, pipeline- and expert-parallel ranks: every rank yields the same (HF name, whole tensor) sequence.
 
     Tensors have the parameters' dtype and the unpadded vocabulary; a tied head is the embedding and is not yielded again. They
     have memory of their own: a caller may keep them. While a bucket's tensors are yielded the next bucket travels, into the other
@@ -60,9 +61,13 @@ class _Rank:
     def __init__(self, plan: PushPlan, chunks: Sequence[PolicyModel]) -> None:
         self.plan = plan
         self.parameters = [dict(chunk.named_parameters()) for chunk in chunks]
-        self.tp, self.pp = chunks[0].pg_collection.tp, chunks[0].pg_collection.pp
+        groups = chunks[0].pg_collection
+        self.tp, self.pp, self.ep = groups.tp, groups.pp, groups.ep
         sample = next(iter(self.parameters[0].values()))
         self.memory = [torch.empty(size, dtype=sample.dtype, device=sample.device) for size in plan.buffer_sizes]
+
+    def owns(self, bucket: Bucket) -> bool:
+        return bucket.owner == self.pp.rank() and bucket.expert_owner in (None, self.ep.rank())
 
     def start(self, number: int) -> _Transfer | None:
         """Sets a bucket on its way; None where there is no such bucket, and where this rank has the whole model."""
@@ -73,7 +78,7 @@ class _Rank:
 
     def local(self, piece: Piece) -> Tensor:
         """This rank's shard of a parameter that its stage owns. Raises RuntimeError where its shape is not the planned one."""
-        name, parameter = local_parameter(piece.entry, piece.where.index, self.parameters[piece.where.vp_stage])
+        name, parameter = local_parameter(piece.entry, piece.where, self.parameters[piece.where.vp_stage])
         if parameter.shape != piece.shape:
             raise RuntimeError(f"{name} has shape {tuple(parameter.shape)}, the push plan expects {piece.shape}")
         return parameter.detach()
@@ -92,24 +97,35 @@ class _Rank:
 
 
 class _Transfer:
-    """A bucket on its way into this rank's buffer: an all-gather in its stage, then a broadcast to the others, both asynchronous."""
+    """A bucket on its way into this rank's buffer, asynchronously: to all ranks of its stage, by an all-gather of shards or a
+    broadcast of experts, then by a broadcast to the other stages."""
 
     def __init__(self, rank: _Rank, bucket: Bucket, buffer: Tensor) -> None:
         self.buffer = buffer
         self._pp, self._owner = rank.pp, bucket.owner
         self._work: dist.Work | None = None
         self._sent_on = False
-        if rank.pp.rank() == bucket.owner:
+        if rank.owns(bucket):
             for piece in bucket.pieces:
                 parts = rank.parts(self.buffer, bucket, piece)
                 (parts[rank.tp.rank()] if piece.entry.layout.sharded else parts[0]).view(piece.shape).copy_(rank.local(piece))
-            if rank.plan.tensor > 1 and bucket.slot:
-                slots = self.buffer[: rank.plan.tensor * bucket.slot]
-                mine = slots[rank.tp.rank() * bucket.slot :][: bucket.slot]  # in place: no second copy of the shards
-                self._work = dist.all_gather_into_tensor(slots, mine, group=rank.tp, async_op=True)
+        if rank.pp.rank() == bucket.owner:
+            self._work = self._within_stage(rank, bucket)
+        if self._work is None:
+            self.send_on()
+
+    def _within_stage(self, rank: _Rank, bucket: Bucket) -> dist.Work | None:
+        if bucket.expert_owner is not None and rank.plan.expert > 1:
+            source = dist.get_global_rank(rank.ep, bucket.expert_owner)
+            return dist.broadcast(self.buffer, source, group=rank.ep, async_op=True)
+        if bucket.slot and rank.plan.tensor > 1:
+            slots = self.buffer[: rank.plan.tensor * bucket.slot]
+            mine = slots[rank.tp.rank() * bucket.slot :][: bucket.slot]  # in place: no second copy of the shards
+            return dist.all_gather_into_tensor(slots, mine, group=rank.tp, async_op=True)
+        return None
 
     def send_on(self) -> None:
-        """Starts the broadcast, once the all-gather is complete; a second call does nothing."""
+        """Starts the broadcast to other stages, once the first step is complete; a second call does nothing."""
         if not self._sent_on:
             self._wait()
             self._sent_on = True

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
-from megatron_nsr.models.policy import PolicyModel
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.mapping import chunk_entries, hf_names, hf_tensor_shape
+from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
+from megatron_nsr.weights.safetensors_writing import DTYPES
+
+if TYPE_CHECKING:
+    from megatron_nsr.models.policy import PolicyModel
 
 # Buffers that old exports carry and nobody reads.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -38,6 +43,25 @@ def load_hf_weights(chunks: Sequence[PolicyModel], shape: ModelShape, tensors: M
         unfilled.discard((chunk, name))
     if unfilled:
         raise RuntimeError(f"no Hugging Face tensor fills {', '.join(name for _, name in sorted(unfilled))}")
+
+
+def check_hf_headers(files: SafetensorsDirectory, shape: ModelShape) -> str:
+    """The dtype that all tensors of a directory have, by safetensors' name; reads their headers only.
+
+    Raises UserError naming a tensor that is missing, of a wrong shape or dtype, or not part of the model.
+    """
+    _refuse_unknown(shape, files)
+    first, *_ = names = hf_names(shape)
+    for name in names:
+        if name not in files:
+            raise _missing(name, shape)
+        header, wanted = files.header(name), files.header(first).dtype
+        _require_shape(name, header.shape, shape)
+        if header.dtype not in DTYPES:
+            raise UserError(f"model.path: tensor {name} has dtype {header.dtype}; supported are {', '.join(DTYPES)}")
+        if header.dtype != wanted:
+            raise UserError(f"model.path: tensor {name} has dtype {header.dtype}, but {first} has {wanted}; all must have one")
+    return files.header(first).dtype
 
 
 def random_hf_tensors(shape: ModelShape, seed: int) -> Mapping[str, Tensor]:
@@ -74,11 +98,19 @@ class _RandomTensors(Mapping[str, Tensor]):
 
 def _read(tensors: Mapping[str, Tensor], name: str, shape: ModelShape) -> Tensor:
     if name not in tensors:
-        raise UserError(f"model.path: no tensor {name}, which this {shape.family} model needs")
-    tensor, expected = tensors[name], hf_tensor_shape(name, shape)
-    if tuple(tensor.shape) != expected:
-        raise UserError(f"model.path: tensor {name} has shape {tuple(tensor.shape)}, config.json asks for {expected}")
+        raise _missing(name, shape)
+    tensor = tensors[name]
+    _require_shape(name, tuple(tensor.shape), shape)
     return tensor
+
+
+def _missing(name: str, shape: ModelShape) -> UserError:
+    return UserError(f"model.path: no tensor {name}, which this {shape.family} model needs")
+
+
+def _require_shape(name: str, found: tuple[int, ...], shape: ModelShape) -> None:
+    if found != (expected := hf_tensor_shape(name, shape)):
+        raise UserError(f"model.path: tensor {name} has shape {found}, config.json asks for {expected}")
 
 
 def _refuse_unknown(shape: ModelShape, tensors: Mapping[str, Tensor]) -> None:

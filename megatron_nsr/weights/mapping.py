@@ -1,6 +1,6 @@
 """The one table of which Hugging Face tensors make which megatron-core parameter, for loading, export and pushing.
 
-May import: megatron.core through models, models, types. Layer numbers in names are global; `locate_layer` says where a layer lives.
+May import: megatron.core through models, models, types. Layer and expert numbers in HF names are global; `locate` says where they live.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_nsr.models.hf_config import Family, ModelShape
-from megatron_nsr.weights.layouts import ColumnSharded, FusedGateUp, FusedQKV, Layout, PaddedVocabulary, Replicated
+from megatron_nsr.models.hf_config import Family, MixtureOfExperts, ModelShape
+from megatron_nsr.weights.layouts import ColumnSharded, FusedGateUp, FusedQKV, Layout, PaddedVocabulary, Replicated, WholeGateUp
 
 if TYPE_CHECKING:
     from megatron_nsr.models.policy import PolicyModel
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter and the HF tensors it is made of; `{layer}` stands for a layer's number in all names.
+    """One parameter and the HF tensors it is made of; `{layer}` and `{expert}` stand for numbers in all names.
 
-    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them.
+    te_name: what the te backend calls the parameter, whose linear layers hold the norm in front of them; checkpoints of either
+        backend use this name.
     tied_copy: the last stage's copy of a tied embedding: loaded from the embedding's tensor, never exported.
+    expert: the global number of the expert that the HF names belong to, None for what is no expert's.
     """
 
     megatron: str
@@ -31,10 +33,25 @@ class Entry:
     layout: Layout
     te_name: str | None = None
     tied_copy: bool = False
+    expert: int | None = None
 
-    def of_layer(self, layer: int) -> tuple[str, ...]:
-        """The HF names for one global layer."""
-        return tuple(name.format(layer=layer) for name in self.hf)
+    @property
+    def of_experts(self) -> bool:
+        """Whether there is one such parameter for each expert."""
+        return "{expert}" in self.megatron
+
+    def of_layer(self, layer: int, expert: int | None = None) -> Entry:
+        """The entry with the HF names of one global layer, and of one global expert where it has one each."""
+        return replace(self, hf=tuple(name.format(layer=layer, expert=expert) for name in self.hf), expert=expert)
+
+    @property
+    def checkpoint_key(self) -> str:
+        """The parameter's name in a checkpoint, which holds all layers of a kind as one tensor, the layer being its first dimension.
+
+        For experts the second dimension is the expert, and either backend uses the same name.
+        """
+        name = self.megatron.replace("local_experts.{expert}", "experts") if self.of_experts else self.te_name or self.megatron
+        return name.replace("{layer}.", "")
 
 
 _LAYER = "decoder.layers.{layer}."
@@ -49,7 +66,7 @@ _QKV_BIAS = Entry(_LAYER + "self_attention.linear_qkv.bias", tuple(f"{_HF_LAYER}
 _QK_NORMS = tuple(
     Entry(f"{_LAYER}self_attention.{x}_layernorm.weight", (f"{_HF_LAYER}self_attn.{x}_norm.weight",), Replicated()) for x in "qk"
 )
-_COMMON = (
+_ATTENTION = (
     Entry(
         _LAYER + "input_layernorm.weight",
         (_HF_LAYER + "input_layernorm.weight",),
@@ -58,6 +75,8 @@ _COMMON = (
     ),
     Entry(_LAYER + "self_attention.linear_qkv.weight", tuple(f"{_HF_LAYER}self_attn.{x}_proj.weight" for x in "qkv"), FusedQKV()),
     Entry(_LAYER + "self_attention.linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), ColumnSharded()),
+)
+_MLP = (
     Entry(
         _LAYER + "pre_mlp_layernorm.weight",
         (_HF_LAYER + "post_attention_layernorm.weight",),
@@ -68,19 +87,41 @@ _COMMON = (
     Entry(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), ColumnSharded()),
 )
 
+_EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.", _HF_LAYER + "mlp.experts.{expert}."
+_EXPERTS = (
+    # Not fused with a linear layer by either backend: the router reads the norm's output too.
+    Entry(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), Replicated()),
+    Entry(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), Replicated()),
+    Entry(
+        _EXPERT + "local_experts.{expert}.linear_fc1.weight",
+        tuple(f"{_HF_EXPERT}{x}_proj.weight" for x in ("gate", "up")),
+        WholeGateUp(),
+        te_name=_EXPERT + "linear_fc1.weight{expert}",
+    ),
+    Entry(
+        _EXPERT + "local_experts.{expert}.linear_fc2.weight",
+        (_HF_EXPERT + "down_proj.weight",),
+        Replicated(),
+        te_name=_EXPERT + "linear_fc2.weight{expert}",
+    ),
+)
+
 LAYER_ENTRIES: Mapping[Family, tuple[Entry, ...]] = {
-    "qwen2": (*_COMMON, _QKV_BIAS),
-    "qwen3": (*_COMMON, *_QK_NORMS),
-    "llama": _COMMON,
+    "qwen2": (*_ATTENTION, *_MLP, _QKV_BIAS),
+    "qwen3": (*_ATTENTION, *_MLP, *_QK_NORMS),
+    "llama": (*_ATTENTION, *_MLP),
+    "qwen3_moe": (*_ATTENTION, *_QK_NORMS, *_EXPERTS),
 }
 
 
 def whole_model_entries(shape: ModelShape) -> Iterator[tuple[int | None, Entry]]:
     """(global layer or None, entry with the HF names filled in) in the order of export; every HF tensor once, tied copies left out."""
     yield None, EMBEDDING
+    entries = LAYER_ENTRIES[shape.family]
+    experts = range(shape.moe.experts if shape.moe else 0)
     for layer in range(shape.num_layers):
-        for entry in LAYER_ENTRIES[shape.family]:
-            yield layer, replace(entry, hf=entry.of_layer(layer))
+        yield from ((layer, entry.of_layer(layer)) for entry in entries if not entry.of_experts)
+        yield from ((layer, entry.of_layer(layer, expert)) for expert in experts for entry in entries if entry.of_experts)
     yield None, FINAL_NORM
     if not shape.tie_embeddings:
         yield None, HEAD
@@ -93,6 +134,8 @@ def hf_names(shape: ModelShape) -> list[str]:
 
 def hf_tensor_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     """The whole tensor's dimensions on disk."""
+    if shape.moe and ".mlp." in name:
+        return _moe_tensor_shape(name, shape, shape.moe)
     queries, keys = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
     vocabulary = (shape.vocab_size, shape.hidden)
     dimensions: dict[str, tuple[int, ...]] = {
@@ -113,13 +156,25 @@ def hf_tensor_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
     return found[:1] if kind == "bias" else found
 
 
+def _moe_tensor_shape(name: str, shape: ModelShape, moe: MixtureOfExperts) -> tuple[int, ...]:
+    if name.endswith("mlp.gate.weight"):
+        return moe.experts, shape.hidden
+    return (shape.hidden, moe.ffn) if name.endswith("down_proj.weight") else (moe.ffn, shape.hidden)
+
+
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a layer lives: the pipeline rank, the virtual stage there, and the layer's number inside that chunk."""
+    """Where a layer lives: the pipeline rank, the virtual stage there, and the layer's number inside that chunk.
+
+    An expert lives on one expert-parallel rank, with a number of its own there; for everything else, which all expert-parallel ranks
+    have, these are 0.
+    """
 
     pipeline_rank: int
     vp_stage: int
     index: int
+    expert_rank: int = 0
+    expert: int = 0
 
 
 def locate_layer(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int) -> Location:
@@ -129,16 +184,25 @@ def locate_layer(layer: int, num_layers: int, pipeline: int, virtual_pipeline: i
     return Location(chunk % pipeline, chunk // pipeline, index)
 
 
-def locate(layer: int | None, entry: Entry, num_layers: int, pipeline: int, virtual_pipeline: int) -> Location:
-    """Where an entry's parameter lives; the embedding is on the first stage, the final norm and the head on the last."""
+def locate(
+    layer: int | None, entry: Entry, num_layers: int, pipeline: int, virtual_pipeline: int, experts_per_rank: int | None = None
+) -> Location:
+    """Where an entry's parameter lives; the embedding is on the first stage, the final norm and the head on the last.
+
+    experts_per_rank: experts of a layer that one expert-parallel rank holds; None: all of them.
+    """
     if layer is not None:
-        return locate_layer(layer, num_layers, pipeline, virtual_pipeline)
+        where = locate_layer(layer, num_layers, pipeline, virtual_pipeline)
+        if entry.expert is None:
+            return where
+        expert_rank, expert = divmod(entry.expert, experts_per_rank) if experts_per_rank else (0, entry.expert)
+        return replace(where, expert_rank=expert_rank, expert=expert)
     return Location(0, 0, 0) if entry is EMBEDDING else Location(pipeline - 1, virtual_pipeline - 1, 0)
 
 
-def local_parameter(entry: Entry, index: int, parameters: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+def local_parameter(entry: Entry, where: Location, parameters: Mapping[str, Tensor]) -> tuple[str, Tensor]:
     """The chunk's (name, parameter) of an entry, under either backend's name. Raises RuntimeError where there is none."""
-    names = [name.format(layer=index) for name in (entry.megatron, entry.te_name) if name is not None]
+    names = [name.format(layer=where.index, expert=where.expert) for name in (entry.megatron, entry.te_name) if name is not None]
     for name in names:
         if name in parameters:
             return name, parameters[name]
@@ -147,12 +211,13 @@ def local_parameter(entry: Entry, index: int, parameters: Mapping[str, Tensor]) 
 
 def chunk_entries(chunks: Sequence[PolicyModel], shape: ModelShape) -> Iterator[tuple[int, Entry, str, Tensor]]:
     """(chunk number, entry with HF names filled in, local name, parameter) of everything on this rank, tied copies included."""
-    config = chunks[0].config
-    pipeline, rank = chunks[0].pg_collection.pp.size(), chunks[0].pg_collection.pp.rank()
+    groups = chunks[0].pg_collection
+    experts_per_rank = shape.moe.experts // groups.ep.size() if shape.moe else None
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
     for layer, entry in whole_model_entries(shape):
-        where = locate(layer, entry, config.num_layers, pipeline, len(chunks))
-        if where.pipeline_rank == rank:
-            yield where.vp_stage, entry, *local_parameter(entry, where.index, parameters[where.vp_stage])
+        where = locate(layer, entry, shape.num_layers, groups.pp.size(), len(chunks), experts_per_rank)
+        mine = entry.expert is None or where.expert_rank == groups.ep.rank()
+        if mine and where.pipeline_rank == groups.pp.rank():
+            yield where.vp_stage, entry, *local_parameter(entry, where, parameters[where.vp_stage])
     if shape.tie_embeddings and TIED_HEAD.megatron in parameters[-1]:
         yield len(chunks) - 1, TIED_HEAD, TIED_HEAD.megatron, parameters[-1][TIED_HEAD.megatron]

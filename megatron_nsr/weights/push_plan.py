@@ -39,9 +39,11 @@ class Bucket:
     """Parameters of one pipeline stage that travel together, as one flat buffer.
 
     The buffer holds a slot of `slot` elements for each tensor-parallel rank, then `replicated` elements that all of them have.
+    Experts travel by themselves: only the ranks of one expert-parallel rank have them, whole (slot is 0).
     """
 
     owner: int  # pipeline rank
+    expert_owner: int | None  # expert-parallel rank; None: all of them have these parameters
     pieces: tuple[Piece, ...]
     slot: int
     replicated: int
@@ -54,12 +56,14 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class RankTraffic:
-    """What one rank sends in a whole push: `gather_bytes` to each of `gather_to`, `broadcast_bytes` to each of `broadcast_to`."""
+    """What one rank sends in a whole push: `gather_bytes` to each of `gather_to`, and so on: shards, experts, then whole buckets."""
 
     rank: int
     stage: int
     gather_to: tuple[int, ...]
     gather_bytes: int
+    expert_to: tuple[int, ...]
+    expert_bytes: int
     broadcast_to: tuple[int, ...]
     broadcast_bytes: int
 
@@ -68,14 +72,16 @@ class RankTraffic:
 class PushPlan:
     """The buckets in their order. A stage sends only parameters that it owns; a tied head is the embedding and is not sent again.
 
-    For each bucket the tensor-parallel ranks of its stage all-gather their slots, then each of them broadcasts the buffer to the
-    same tensor-parallel rank of the other stages. Data-parallel replicas do the same beside one another.
+    For each bucket the tensor-parallel ranks of its stage all-gather their slots, or the rank that has the bucket's experts broadcasts
+    them to its expert-parallel group; then each rank of the stage broadcasts the buffer to the rank at the same place in the other
+    stages. Data-parallel replicas do the same beside one another.
     """
 
     shape: ModelShape
     tensor: int
     pipeline: int
     virtual_pipeline: int
+    expert: int
     element_bytes: int
     buckets: tuple[Bucket, ...]
 
@@ -95,7 +101,7 @@ class PushPlan:
     @property
     def travels(self) -> bool:
         """Whether ranks share the model; where each has the whole of it, nothing is sent and no buffer is needed."""
-        return self.tensor * self.pipeline > 1
+        return self.tensor * self.pipeline * self.expert > 1
 
     @property
     def buffer_sizes(self) -> tuple[int, int]:
@@ -113,18 +119,21 @@ class PushPlan:
     def traffic(self, world_size: int) -> Iterator[RankTraffic]:
         """Every rank's sends, by the amount that must arrive; how a collective routes it (ring, tree) is the library's affair.
 
-        Ranks are numbered as megatron-core numbers them: tensor-parallel ranks are neighbours, stages lie furthest apart.
+        Ranks are numbered as megatron-core numbers them: tensor-parallel ranks are neighbours, and so, counted apart from them, are
+        expert-parallel ranks; stages lie furthest apart.
         """
         stage_ranks = world_size // self.pipeline
         for rank in range(world_size):
             stage, place = divmod(rank, stage_ranks)
-            first = rank - rank % self.tensor
+            first, first_expert = rank - rank % self.tensor, rank - place % self.expert
             owned = [bucket for bucket in self.buckets if bucket.owner == stage]
             yield RankTraffic(
                 rank,
                 stage,
                 tuple(peer for peer in range(first, first + self.tensor) if peer != rank),
                 sum(bucket.slot for bucket in owned) * self.element_bytes,
+                tuple(peer for peer in range(first_expert, first_expert + self.expert) if peer != rank),
+                sum(self.buffer_bytes(bucket) for bucket in owned if bucket.expert_owner == place % self.expert),
                 tuple(place + other * stage_ranks for other in range(self.pipeline) if other != stage),
                 sum(self.buffer_bytes(bucket) for bucket in owned),
             )
@@ -137,51 +146,57 @@ class PushPlan:
         memory = f"at most {_mib(self.extra_bytes)} MiB a rank beside the model"
         table = _table(f"{len(self.buckets)} buckets, {_mib(self.tensor_bytes)} MiB of weights, {memory}; sizes in MiB")
         table.add_column("first tensor", no_wrap=True)
-        for header in ("bucket", "stage", "tensors", "buffer", "all-gather\na rank", "broadcast\na stage"):
+        for header in ("bucket", "stage", "expert\nrank", "tensors", "buffer", "all-gather\na rank", "broadcast\na stage"):
             table.add_column(header, justify="right", no_wrap=True)
         for number, bucket in enumerate(self.buckets):
             size = _mib(self.buffer_bytes(bucket))
             gathered = _mib(bucket.slot * self.element_bytes) if self.tensor > 1 else "-"
             sizes = (size if self.travels else "-", gathered, size if self.pipeline > 1 else "-")
-            table.add_row(bucket.names[0], str(number), str(bucket.owner), str(len(bucket.names)), *sizes)
+            expert = "-" if bucket.expert_owner is None else str(bucket.expert_owner)
+            table.add_row(bucket.names[0], str(number), str(bucket.owner), expert, str(len(bucket.names)), *sizes)
         return table
 
     def _traffic_table(self, world_size: int) -> Table:
         table = _table(f"{world_size} ranks, one push; MiB to each receiver")
-        for header in ("rank", "stage", "all-gather to", "MiB", "broadcast to", "MiB"):
+        for header in ("rank", "stage", "all-gather to", "MiB", "experts to", "MiB", "broadcast to", "MiB"):
             table.add_column(header, justify="right")
         for row in self.traffic(world_size):
-            gather = (_ranks(row.gather_to), _mib(row.gather_bytes) if row.gather_to else "-")
-            broadcast = (_ranks(row.broadcast_to), _mib(row.broadcast_bytes) if row.broadcast_to else "-")
-            table.add_row(str(row.rank), str(row.stage), *gather, *broadcast)
+            sends = ((row.gather_to, row.gather_bytes), (row.expert_to, row.expert_bytes), (row.broadcast_to, row.broadcast_bytes))
+            cells = (text for to, size in sends for text in (_ranks(to), _mib(size) if to else "-"))
+            table.add_row(str(row.rank), str(row.stage), *cells)
         return table
 
 
-def plan_push(shape: ModelShape, *, tensor: int, pipeline: int, virtual_pipeline: int, element_bytes: int, bucket_bytes: int) -> PushPlan:
+def plan_push(
+    shape: ModelShape, *, tensor: int, pipeline: int, virtual_pipeline: int, element_bytes: int, bucket_bytes: int, expert: int = 1
+) -> PushPlan:
     """Fills buckets in the order of export; a bucket holds at most `bucket_bytes`, or one parameter that is larger."""
     buckets: list[Bucket] = []
     pieces: list[Piece] = []
-    owner = slot = replicated = 0
+    owner: tuple[int, int | None] = (0, None)
+    slot = replicated = 0
+    experts_per_rank = shape.moe.experts // expert if shape.moe else None
 
     def close() -> None:
         if pieces:
-            buckets.append(Bucket(owner, tuple(pieces), slot, replicated))
+            buckets.append(Bucket(*owner, tuple(pieces), slot, replicated))
 
     for layer, entry in whole_model_entries(shape):
-        where = locate(layer, entry, shape.num_layers, pipeline, virtual_pipeline)
+        where = locate(layer, entry, shape.num_layers, pipeline, virtual_pipeline, experts_per_rank)
+        theirs = (where.pipeline_rank, None if entry.expert is None else where.expert_rank)
         shard = _shard_shape(entry, shape, tensor)
         numel = math.prod(shard)
         total = tensor * slot + replicated + (tensor if entry.layout.sharded else 1) * numel
-        if where.pipeline_rank != owner or total * element_bytes > bucket_bytes:
+        if theirs != owner or total * element_bytes > bucket_bytes:
             close()
-            pieces, owner, slot, replicated = [], where.pipeline_rank, 0, 0
+            pieces, owner, slot, replicated = [], theirs, 0, 0
         pieces.append(Piece(entry, where, slot if entry.layout.sharded else replicated, shard))
         if entry.layout.sharded:
             slot += numel
         else:
             replicated += numel
     close()
-    return PushPlan(shape, tensor, pipeline, virtual_pipeline, element_bytes, tuple(buckets))
+    return PushPlan(shape, tensor, pipeline, virtual_pipeline, expert, element_bytes, tuple(buckets))
 
 
 def _shard_shape(entry: Entry, shape: ModelShape, tensor: int) -> tuple[int, ...]:

@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.types import UserError
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from megatron_nsr.weights.safetensors_writing import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    TensorHeader,
+    file_names,
+    header_of,
+    write_index,
+    write_safetensors,
+)
 
 
 class SafetensorsDirectory(Mapping[str, Tensor]):
@@ -33,7 +38,7 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         self.path = path
         self._handles: dict[str, Any] = {}
         self._file_of = self._read_index()
-        for file in sorted(set(self._file_of.values())):
+        for file in self.file_names():
             self._open(file)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -45,6 +50,18 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         except SafetensorError as error:
             raise UserError(f"model.path={self.path}: {file}: tensor {name} cannot be read: {error}") from None
         return tensor
+
+    def header(self, name: str) -> TensorHeader:
+        """The tensor's dtype and shape, without reading it."""
+        try:
+            part = self._open(self._file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"model.path={self.path}: {self._file_of[name]}: tensor {name} cannot be read: {error}") from None
+        return TensorHeader(name, part.get_dtype(), tuple(part.get_shape()))
+
+    def file_names(self) -> list[str]:
+        """The safetensors files."""
+        return sorted(set(self._file_of.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -114,31 +131,24 @@ def write_hf_directory(
 
 def _write_tensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> None:
     """Files of at most `max_file_bytes`, or of one tensor; one file has HF's plain name, several have an index."""
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    total = held_bytes = 0
+    files: list[list[TensorHeader]] = []
+    held: dict[TensorHeader, Tensor] = {}
 
     def flush() -> None:
-        save_file(held, directory / f"part-{len(files)}", metadata={"format": "pt"})
+        write_safetensors(directory / f"part-{len(files)}", list(held), held.values())
         files.append(list(held))
         held.clear()
 
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > max_file_bytes:
+        header = header_of(name, tensor)
+        if held and sum(other.bytes for other in held) + header.bytes > max_file_bytes:
             flush()
-            held_bytes = 0
         # A view of a gathering buffer would drag the whole buffer along, and the buffer is reused.
-        held[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        held_bytes, total = held_bytes + size, total + size
+        held[header] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     flush()
-    names = [SINGLE_FILE] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    for i, name in enumerate(names):
+    for i, name in enumerate(file_names(len(files))):
         (directory / f"part-{i}").rename(directory / name)
-    if len(files) > 1:
-        weight_map = {tensor: names[i] for i, file in enumerate(files) for tensor in file}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(directory, files)
 
 
 def _replace_directory(partial: Path, target: Path) -> None:

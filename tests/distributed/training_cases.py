@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -12,50 +13,69 @@ import torch
 
 from megatron_nsr.config import Config, parse_config
 from megatron_nsr.models.backends import choose_backend
-from megatron_nsr.models.hf_config import read_model_shape
+from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.setup import build_actor
-from megatron_nsr.types import Outcome, Reason, Trajectory, UserError, Verdict
+from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
 
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {
-        "one": {},
-        "one_recompute": {"recompute": "full"},
-        "one_selective": {"recompute": "selective"},
-        "one_small_micro_batches": {"tokens_per_micro_batch": 24},
-    },
-    2: {
-        "dp2": {},
-        "dp2_distributed_optimizer": {"distributed_optimizer": True},
-        "tp2": {"tensor": 2},
-        "tp2_sp": {"tensor": 2, "sequence": True},
-        "pp2": {"pipeline": 2},
-        "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
-    },
-    4: {
-        "tp2_pp2": {"tensor": 2, "pipeline": 2},
-        "tp2_sp_dp2": {"tensor": 2, "sequence": True},
-        "tp2_sp_dp2_recompute_distributed_optimizer": {
-            "tensor": 2,
-            "sequence": True,
-            "recompute": "full",
-            "distributed_optimizer": True,
-        },
-        "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
-    },
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "one_recompute": {"recompute": "full"},
+    "one_selective": {"recompute": "selective"},
+    "one_small_micro_batches": {"tokens_per_micro_batch": 24},
+    "dp2": {},
+    "dp2_distributed": {"distributed_optimizer": True},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "tp2_sp_dp2": {"tensor": 2, "sequence": True},
+    "tp2_sp_dp2_distributed_recompute": {"tensor": 2, "sequence": True, "distributed_optimizer": True, "recompute": "full"},
+    "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pp2_vpp2_dp2_distributed": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
 }
+# layout/model by world size: every kind of parallelism meets tied and untied embeddings.
+CASES: dict[int, list[str]] = {
+    1: ["one/tied", "one/untied", "one_recompute/tied", "one_selective/untied", "one_small_micro_batches/tied"],
+    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied"],
+    4: [
+        "tp2_pp2/tied",
+        "tp2_sp_dp2/untied",
+        "tp2_sp_dp2_distributed_recompute/tied",
+        "pp2_vpp2_dp2/untied",
+        "pp2_vpp2_dp2_distributed/tied",
+    ],
+}
+# (case that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
+MOVES: dict[int, list[tuple[str, str]]] = {
+    4: [
+        ("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2_distributed_recompute"),
+        ("tp2_sp_dp2_distributed_recompute/tied", "pp2_vpp2_dp2"),
+        ("tp2_pp2/tied", "pp2_vpp2_dp2_distributed"),
+    ],
+    1: [("pp2_vpp2_dp2_distributed/tied", "one"), ("tp2_sp_dp2/untied", "one")],
+    2: [
+        ("one/untied", "dp2_distributed"),
+        ("one/tied", "tp2_sp"),
+        ("pp2_vpp2_dp2_distributed/tied", "pp2"),
+        ("pp2_vpp2_dp2/untied", "tp2"),
+    ],
+}
+# (case that wrote a bf16 checkpoint, layout that reads and writes it again), on 4 ranks
+DETOURS = [("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"), ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed")]
 PROMPTS, SAMPLES = 4, 3
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
 
 
 def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Config:
     """Learning rate and clip range are such that some ratios leave the range in the second mini-batch."""
-    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch") if name in fields}
+    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch", "router_aux_loss") if name in fields}
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 3},
@@ -69,7 +89,7 @@ def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Co
                 "entropy_coefficient": 0.01,
                 "rollout_correction": 1.5,
             },
-            "logging": {"probe_every": 2},
+            "logging": {"sign_norms_every": 1, "probe_every": 2},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 1.0},
             "parallel": fields,
             "training": {"tokens_per_micro_batch": 60, "head_chunk_tokens": 16} | training,
@@ -104,60 +124,88 @@ def train(actor: Actor, config: Config, vocab: int, step: int) -> dict[str, floa
     return actor.update(actor.prepare(batch, step), config.optimizer.learning_rate)
 
 
+def updated_weights(actor: Actor, shape: ModelShape) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in gather_hf_tensors(actor.chunks, shape, 1 << 16)}
+
+
+def new_actor(config: Config, shape: ModelShape) -> Actor:
+    gc.collect()  # an earlier actor's process groups keep their threads until it goes
+    return build_actor(config, shape, choose_backend("cpu"))
+
+
 def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "float32") -> dict[str, Any]:
+    """Two steps, a checkpoint, and the third step both undisturbed and by a new actor; `folder` gets the weights after each."""
     config, shape, backend = config_of(model, dict(fields), dtype), read_model_shape(str(model)), choose_backend("cpu")
-    actor = build_actor(config, shape, backend)
+    make_folder(folder)
+    actor = new_actor(config, shape)
     metrics = [train(actor, config, shape.vocab_size, step) for step in (1, 2)]
-    weights = {name: tensor.clone() for name, tensor in gather_hf_tensors(actor.chunks, shape, 1 << 16)}
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, backend, model)
+    weights = updated_weights(actor, shape)
+    Checkpoints(folder / "checkpoints", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, backend, model)
     third = train(actor, config, shape.vocab_size, 3)
+    third_weights = updated_weights(actor, shape)
+    del actor
     if distributed.rank() == 0:
         torch.save(weights, folder / "weights.pt")
-    return {"metrics": metrics, "third": third, "resumed": resume(model, fields, folder / "checkpoints", dtype)}
+        torch.save(third_weights, folder / "third.pt")
+    return {"metrics": metrics, "third": third, "resumed": resume(model, fields, folder / "checkpoints", folder / "resumed.pt", dtype)}
 
 
-def resume(model: Path, fields: dict[str, Any], directory: Path, dtype: str = "float32") -> dict[str, float]:
-    """Step 3 of a new actor that starts from the checkpoint written after step 2."""
+def load(model: Path, fields: dict[str, Any], directory: Path, dtype: str) -> tuple[Config, Actor]:
+    """A new actor with the state of the checkpoint that was written after step 2."""
     config, shape, backend = config_of(model, dict(fields), dtype), read_model_shape(str(model)), choose_backend("cpu")
-    actor = build_actor(config, shape, backend)
+    actor = new_actor(config, shape)
     checkpoints = Checkpoints(directory, keep=1)
     latest = checkpoints.latest()
     assert latest is not None
     saved = checkpoints.load(latest, actor.wrapped, actor.optimizer, backend)
     assert (saved["step"], saved["weight_version"]) == (2, 2)
-    return train(actor, config, shape.vocab_size, 3)
+    return config, actor
 
 
-def resume_or_refuse(model: Path, fields: dict[str, Any], directory: Path) -> dict[str, float] | str:
-    try:
-        return resume(model, fields, directory)
-    except UserError as error:
-        return str(error)
+def resume(model: Path, fields: dict[str, Any], directory: Path, weights: Path, dtype: str = "float32") -> dict[str, float]:
+    """Step 3 from a checkpoint; the weights after it go to the file `weights`."""
+    config, actor = load(model, fields, directory, dtype)
+    shape = read_model_shape(str(model))
+    metrics = train(actor, config, shape.vocab_size, 3)
+    after = updated_weights(actor, shape)
+    if distributed.rank() == 0:
+        torch.save(after, weights)
+    return metrics
+
+
+def take_detour(model: Path, layout: str, detour: str, folder: Path) -> dict[str, Any]:
+    """A bf16 checkpoint of `layout` is read and written again by `detour`, and continues at `layout`."""
+    found = run_layout(model, LAYOUTS[layout], folder, "bfloat16")
+    _, actor = load(model, LAYOUTS[detour], folder / "checkpoints", "bfloat16")
+    Checkpoints(folder / "again", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, choose_backend("cpu"), model)
+    del actor
+    return found | {"returned": resume(model, LAYOUTS[layout], folder / "again", folder / "returned.pt", "bfloat16")}
+
+
+def make_folder(folder: Path) -> None:
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", help="a layout of another world size whose checkpoint every layout here loads")
     parser.add_argument("--results", type=Path, required=True)
     arguments = parser.parse_args()
     distributed.init_process_group()
-    found = {}
-    for layout, fields in LAYOUTS[distributed.world_size()].items():
-        for model in ("tied", "untied"):
-            folder = arguments.out / layout / model
-            if distributed.rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-            distributed.barrier()
-            found[f"{layout}/{model}"] = run_layout(arguments.models / model, fields, folder)
-        if arguments.resume:
-            source = arguments.out / arguments.resume / "tied" / "checkpoints"
-            found[f"{layout}/tied"]["resharded"] = resume_or_refuse(arguments.models / "tied", fields, source)
-    if distributed.world_size() == 2:
-        folder = arguments.out / "bf16"
-        found["bf16"] = run_layout(arguments.models / "untied", {"tensor": 2}, folder, dtype="bfloat16")
+    world, models, out = distributed.world_size(), arguments.models, arguments.out
+    found: dict[str, Any] = {}
+    for case in CASES[world]:
+        layout, model = case.split("/")
+        found[case] = run_layout(models / model, LAYOUTS[layout], out / case)
+    for case, layout in MOVES[world]:
+        weights = out / case / f"at_{layout}.pt"
+        found[f"{case}-{layout}"] = resume(models / case.split("/")[1], LAYOUTS[layout], out / case / "checkpoints", weights)
+    for case, detour in DETOURS if world == 4 else ():
+        layout, model = case.split("/")
+        found[f"bf16/{case}"] = take_detour(models / model, layout, detour, out / "bf16" / case)
     if distributed.rank() == 0:
         arguments.results.write_text(json.dumps(found))
     distributed.barrier()

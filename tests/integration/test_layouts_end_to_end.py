@@ -64,7 +64,13 @@ def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -
 
 
 def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
-    both_signs = ("objective.name=w_reinforce", "objective.rollout_correction=2.0", "logging.probe_every=1", "run.steps=1")
+    both_signs = (
+        "objective.name=w_reinforce",
+        "objective.rollout_correction=2.0",
+        "logging.probe_every=1",
+        "logging.sign_norms_every=1",
+        "run.steps=1",
+    )
     finished(start(small.nsr(tmp_path / "run", *both_signs), tmp_path / "log"), 0)
     runs = (small.base, undisturbed(1), tmp_path / "run")
     logged = {name for run in runs for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}

@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "config", "clock", "platform"},
     {"models", "weights", "losses", "objectives", "rewards", "data", "observability"},
     {"training", "rollout"},
-    {"evaluation", "launch", "planning"},
+    {"evaluation", "launch", "planning", "conversion"},
     {"experience"},
     {"components"},
     {"recording"},

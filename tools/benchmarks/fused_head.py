@@ -270,7 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
     parser.add_argument("--shape", action="append", type=_shape, help="T,H,V in place of the usual ones; may be repeated")
     arguments = parser.parse_args()

@@ -84,7 +84,7 @@ def from_logprobs(logprobs_of: LogprobsOf, *, entropy: bool = True) -> Head:
 # Ours
 
 
-def _ours(problem: Problem, entropy: bool, recomputing: bool = False) -> Outcome:
+def _ours(problem: Problem, entropy: bool, *, recomputing: bool = False, sign_norms: bool = False) -> Outcome:
     terms = LossTerms(eps_low=EPS_LOW, eps_high=EPS_HIGH, entropy_coefficient=ENTROPY_COEFFICIENT if entropy else 0.0)
 
     def own_loss(logprobs: Tensor, token_entropy: Tensor) -> Tensor:
@@ -98,6 +98,7 @@ def _ours(problem: Problem, entropy: bool, recomputing: bool = False) -> Outcome
         old_logprobs=problem.old_logprobs,
         own_loss=own_loss if recomputing else None,
         measure_entropy=entropy,
+        sign_norms=sign_norms,
     )
     result = policy_head(problem.hidden, problem.weight, inputs, VocabularyShard(0, problem.shape.vocabulary), terms)
     return Outcome(result.loss, result.logprobs, result.entropy if entropy else None)
@@ -105,6 +106,10 @@ def _ours(problem: Problem, entropy: bool, recomputing: bool = False) -> Outcome
 
 def _ours_recomputing(problem: Problem, entropy: bool) -> Outcome:
     return _ours(problem, entropy, recomputing=True)
+
+
+def _ours_with_sign_norms(problem: Problem, entropy: bool) -> Outcome:
+    return _ours(problem, entropy, sign_norms=True)
 
 
 def _ours_measuring(problem: Problem, entropy: bool) -> Outcome:
@@ -295,6 +300,7 @@ BASELINES = (
 OURS = (
     Variant("policy_head", "megatron_nsr", lambda device: Head(_ours, _ours_measuring), "gradient formed in the forward pass"),
     Variant("policy_head, own loss", "megatron_nsr", lambda device: Head(_ours_recomputing), "logits computed again backwards"),
+    Variant("policy_head, sign norms", "megatron_nsr", lambda device: Head(_ours_with_sign_norms), "every logging.sign_norms_every steps"),
     Variant("policy_head, main_grad", "megatron_nsr", lambda device: Head(_ours, main_grad=True), "the fp32 main_grad counts as an input"),
 )
 PEERS = (

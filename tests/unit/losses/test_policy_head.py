@@ -98,7 +98,7 @@ def test_rows_equal_masking_by_scale_with_zeros_elsewhere(case: Case, terms: Los
     torch.testing.assert_close(selected.loss, masked.loss, rtol=1e-12, atol=1e-12)
     for name in ("logprobs", "entropy", "token_loss"):
         torch.testing.assert_close(getattr(selected, name), getattr(masked, name) * kept, rtol=1e-11, atol=1e-12, msg=name)
-    assert torch.equal(selected.clipped, masked.clipped)
+    assert own or torch.equal(selected.clipped, masked.clipped)
     for got, want in zip(gradients(selected.loss, case), gradients(masked.loss, case), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     assert bool((gradients(case.run(terms).loss, case)[0][~kept] == 0).all())
@@ -236,3 +236,21 @@ def test_a_term_without_its_tensor_is_named(terms: LossTerms, missing: str, mess
 def test_weights_and_scale_come_together(missing: str) -> None:
     with pytest.raises(ValueError, match="give weights and scale together"):
         random_case(12, **{missing: None})
+
+
+def test_other_numbers_of_tokens_than_hidden_states_are_refused() -> None:
+    """One number beside many states would be broadcast silently."""
+    case = random_case(11, tokens=6)
+    with pytest.raises(ValueError, match=r"targets has shape \(6,\) beside 5 hidden states"):
+        policy_head(case.hidden[:5], case.weight, case.inputs, VocabularyShard(0, len(case.weight)), LossTerms())
+
+
+def test_hidden_states_and_weight_of_two_types_are_refused() -> None:
+    case = random_case(12, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"hidden is torch.float32, weight torch.bfloat16"):
+        policy_head(case.hidden, case.weight.bfloat16(), case.inputs, VocabularyShard(0, len(case.weight)), LossTerms())
+
+
+def test_an_own_loss_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="own_loss without weights and scale"):
+        random_case(13, weights=None, scale=None, own_loss=lambda logprobs, entropy: -logprobs)

@@ -74,7 +74,15 @@ def test_an_own_loss_may_be_scaled_and_differentiated_again() -> None:
 
 def test_an_own_loss_has_neither_clip_flags_nor_norms() -> None:
     output = random_case(4, own_loss=lambda logprobs, entropy: -logprobs, sign_norms=True).run(LossTerms())
-    assert not output.clipped.any() and output.input_grad_sq is None
+    assert output.clipped is None and output.input_grad_sq is None
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean, lambda losses: losses[:, None]])
+def test_an_own_loss_that_is_not_one_number_a_token_is_refused(reduce: Callable[[Tensor], Tensor]) -> None:
+    """It would be broadcast over the tokens: another loss, silently."""
+    case = random_case(4, own_loss=lambda logprobs, entropy: reduce(-logprobs))
+    with pytest.raises(ValueError, match=r"token_loss gave a tensor of shape \(.*\), not one loss a token"):
+        case.run(LossTerms())
 
 
 def test_scale_masks_what_an_own_loss_makes_of_a_token() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from megatron_nsr.losses.terms import LossTerms, TokenInputs, TokenTerms, token_terms
 from tests.unit.losses.cases import ALL_TERMS, loss_terms
@@ -145,3 +146,8 @@ def test_the_closed_form_gradient_is_the_loss_functions(seed: int, terms: LossTe
     if terms.form == "clipped":
         signed = token_terms(logprobs, entropy, tokens, replace(terms, kl_coefficient=0.0))
         assert torch.equal(token.clipped, torch.autograd.grad(signed.loss.sum(), logprobs)[0] == 0)
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises((ValueError, TypeCheckError)):
+        LossTerms("clip")  # type: ignore[arg-type]

@@ -42,11 +42,6 @@ SHAPE = ModelShape(
             2,
             "parallel.pipeline=2 x parallel.virtual_pipeline=4 does not divide num_hidden_layers",
         ),
-        (
-            {"pipeline": 2, "distributed_optimizer": True},  # the shape's embeddings are tied
-            4,
-            "parallel.distributed_optimizer=true with parallel.pipeline=2: not with tied embeddings",
-        ),
     ],
 )
 def test_an_impossible_layout_is_named(fields: dict[str, Any], world_size: int, message: str) -> None:

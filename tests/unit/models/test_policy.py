@@ -58,7 +58,7 @@ def some_tokens(vocab_size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "llama3_rope"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "llama3_rope", "qwen3_moe"])
 def test_logits_of_packed_sequences_equal_those_of_hugging_face(tmp_path: Path, backend: Backend, family: str, tied: bool) -> None:
     rope = {"rope_parameters": LLAMA3_ROPE} if family == "llama3_rope" else {}
     model = write_tiny_model(tmp_path, family.partition("3_rope")[0], tied=tied, layers=2, **rope)
@@ -83,9 +83,10 @@ def test_scaled_rope_changes_the_logits(tmp_path: Path, backend: Backend) -> Non
         assert (packed_logits(scaled, LENGTHS, some_tokens(101)) - packed_logits(plain, LENGTHS, some_tokens(101))).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_leaves_gradients_as_they_are(tmp_path: Path, backend: Backend, recompute: str) -> None:
-    tiny_config("qwen3", tied=True, layers=2).save_pretrained(tmp_path)
+def test_recomputation_leaves_gradients_as_they_are(tmp_path: Path, backend: Backend, recompute: str, family: str) -> None:
+    tiny_config(family, tied=True, layers=2).save_pretrained(tmp_path)
     gradients = []
     for choice in ("none", recompute):
         shape, chunks = build(tmp_path, backend, recompute=choice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def sample(seed: int, weight: float) -> WeightedSample:
 SAMPLES = [sample(seed, weight) for seed, weight in enumerate((1.0, -1.0, -1.0, 1.0, -1.0, 0.1, -1.0, 1.0))]
 
 
+NEGATIVE = [one for one in SAMPLES if one.weight < 0]
+
+
 def steps(actor: Actor, *mini_batches: list[WeightedSample], step: int = 1) -> dict[str, float]:
     return actor.update(actor.prepare(StepBatch(tuple(tuple(samples) for samples in mini_batches), ()), step), 1e-2)
 
@@ -80,14 +84,35 @@ def test_an_own_loss_that_says_the_same_trains_the_same(model: Path) -> None:
     """One form computes its gradient in the forward pass, the other recomputes the logits; the entropy bonus stays in both."""
     metrics, trained = [], []
     for own in (None, ClippedByHand()):
-        actor = actor_of(model, own)
+        actor = actor_of(model, own, logging={"sign_norms_every": 1})
         metrics.append(steps(actor, SAMPLES[:4], SAMPLES[4:]))
         trained.append(weights(actor))
     for name in ("policy/loss", "policy/loss_psr", "policy/loss_nsr", "policy/grad_norm", "policy/entropy", "policy/logprob_nsr"):
         assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5), name
     for name, tensor in trained[0].items():
         torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
-    assert "policy/grad_norm_head_nsr" in metrics[0] and "policy/grad_norm_head_nsr" not in metrics[1]
+    unknown = {"policy/grad_norm_head_psr", "policy/grad_norm_head_nsr", "policy/clip_fraction_psr", "policy/clip_fraction_nsr"}
+    assert unknown <= metrics[0].keys() and not unknown & metrics[1].keys()
+
+
+def test_a_sign_without_any_gradient_has_a_norm_of_zero(model: Path) -> None:
+    """Every negative token is clipped in the second mini-batch, which is the first one again after a large step."""
+    actor = actor_of(model, entropy_coefficient=0.0, eps_low=0.0, logging={"sign_norms_every": 1})
+    prepared = actor.prepare(StepBatch((tuple(NEGATIVE), tuple(NEGATIVE)), ()), 1)
+    actor.update(prepared, 1e-1)
+    metrics = actor.update(replace(prepared, mini_batches=prepared.mini_batches[1:]), 0.0)
+    assert metrics["policy/clip_fraction_nsr"] == 1.0
+    assert metrics["policy/grad_norm_head_nsr"] == 0.0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(model: Path) -> None:
+    actor = actor_of(model)
+    prepared = actor.prepare(StepBatch((tuple(SAMPLES[:4]), tuple(SAMPLES[4:])), ()), 1)
+    first, *rest = prepared.mini_batches[0]
+    assert first.old_logprobs is not None
+    spoiled = replace(first, old_logprobs=torch.full_like(first.old_logprobs, torch.nan))
+    with pytest.raises(FloatingPointError, match="loss is nan: the update was lost"):
+        actor.update(replace(prepared, mini_batches=((*[spoiled], *rest), *prepared.mini_batches[1:])), 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +153,13 @@ def test_the_whole_gradients_of_the_signs_are_those_of_training_on_one_sign_alon
 
 
 def test_measuring_the_signs_changes_nothing_else(model: Path) -> None:
-    quiet, loud = (steps(actor_of(model, logging=logging), SAMPLES) for logging in ({"sign_norms": False}, {"probe_every": 2}))
-    assert quiet == {name: value for name, value in loud.items() if "grad_norm_head" not in name}
-    probed = steps(actor_of(model, logging={"probe_every": 2}), SAMPLES, step=2)
+    quiet, loud = (steps(actor_of(model, logging=logging), SAMPLES) for logging in ({}, {"sign_norms_every": 1, "probe_every": 2}))
+    assert quiet == {name: value for name, value in loud.items() if "grad_norm_head" not in name} != loud
+    probed = steps(actor_of(model, logging={"sign_norms_every": 2, "probe_every": 2}), SAMPLES, step=2)
     assert {name: probed[name] for name in loud} == loud
 
 
 def test_one_sign_has_a_norm_and_no_cosine(model: Path) -> None:
-    metrics = steps(actor_of(model, logging={"probe_every": 1}), [s for s in SAMPLES if s.weight < 0])
-    assert metrics["policy/grad_norm_nsr"] > 0
+    metrics = steps(actor_of(model, logging={"probe_every": 1, "sign_norms_every": 1}), [s for s in SAMPLES if s.weight < 0])
+    assert metrics["policy/grad_norm_nsr"] > 0 and metrics["policy/grad_norm_head_nsr"] > 0
     assert not {"policy/grad_norm_psr", "policy/grad_cosine", "policy/grad_norm_head_psr", "policy/entropy_psr"} & metrics.keys()

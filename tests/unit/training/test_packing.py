@@ -37,18 +37,24 @@ def test_balance_spreads_every_item_once_and_evenly(sizes: list[int], bins: int)
     assert max(totals) - min(totals) <= max(sizes, default=0)
 
 
-@given(SIZES, st.integers(1, 60), st.integers(1, 3))
-def test_budget_holds_unless_one_sequence_alone_exceeds_it(sizes: list[int], budget: int, multiple: int) -> None:
-    contents = split_by_budget(sizes, budget, multiple)
-    assert len(contents) % multiple == 0 and contents
-    assert all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents)
+@given(st.lists(SIZES, min_size=1, max_size=3), st.integers(1, 60), st.integers(1, 3))
+def test_budget_holds_unless_one_sequence_alone_exceeds_it(lists: list[list[int]], budget: int, multiple: int) -> None:
+    splits = split_by_budget(lists, budget, multiple)
+    assert len(splits) == len(lists) and len({len(contents) for contents in splits}) == 1
+    for sizes, contents in zip(lists, splits, strict=True):
+        assert len(contents) % multiple == 0 and contents
+        assert sorted(item for content in contents for item in content) == list(range(len(sizes)))
+        assert all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents)
 
 
-@given(SIZES, st.integers(1, 4))
-def test_data_parallel_ranks_share_every_token_once(sizes: list[int], ranks: int) -> None:
+@given(SIZES, st.integers(1, 4), st.booleans())
+def test_data_parallel_ranks_share_every_token_once(sizes: list[int], ranks: int, in_step: bool) -> None:
     samples = [sample(size) for size in sizes]
-    batches = [pack_micro_batches(samples, budget=50, data_parallel_rank=r, data_parallel_size=ranks) for r in range(ranks)]
+    batches = [
+        pack_micro_batches(samples, budget=50, data_parallel_rank=r, data_parallel_size=ranks, in_step=in_step) for r in range(ranks)
+    ]
     assert all(batches)  # a rank without a sample still takes part
+    assert not in_step or len({len(mine) for mine in batches}) == 1
     assert sum(int(b.response_mask.sum()) for mine in batches for b in mine) == sum(sizes)
     real = sum(int((b.scale.nonzero().numel() > 0) and b.cu_seqlens[-1]) for mine in batches for b in mine)
     assert real == sum(sequence_tokens(s.trajectory) for s in samples)

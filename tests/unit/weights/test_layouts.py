@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_nsr.models.hf_config import FAMILIES, ModelShape
+from megatron_nsr.models.hf_config import FAMILIES, MixtureOfExperts, ModelShape
 from megatron_nsr.weights.mapping import HEAD, LAYER_ENTRIES, Entry, hf_tensor_shape, locate_layer, whole_model_entries
 
 SHAPE = ModelShape(
@@ -28,16 +28,17 @@ SHAPE = ModelShape(
     max_positions=64,
     initializer_range=0.02,
 )
-ENTRIES = {entry.megatron: entry for family in FAMILIES for _, entry in whole_model_entries(replace(SHAPE, family=family))}
+SHAPES = {family: replace(SHAPE, family=family, moe=MixtureOfExperts(3, 2, 7, True) if "moe" in family else None) for family in FAMILIES}
+ENTRIES = {f"{family}.{entry.megatron}": (entry, shape) for family, shape in SHAPES.items() for _, entry in whole_model_entries(shape)}
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+@pytest.mark.parametrize(("entry", "shape"), ENTRIES.values(), ids=ENTRIES.keys())
 @given(data=st.data())
 @settings(max_examples=10, deadline=None)
-def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, tensor: int, data: st.DataObject) -> None:
+def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, shape: ModelShape, tensor: int, data: st.DataObject) -> None:
     shape = replace(
-        SHAPE,
+        shape,
         vocab_size=data.draw(st.integers(1, 40)),
         head_dim=data.draw(st.integers(1, 5)),
         heads=4 * data.draw(st.integers(1, 3)),
@@ -50,6 +51,21 @@ def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, tensor:
     joined = entry.layout.join(shards, shape)
     assert len(joined) == len(tensors)
     assert all(torch.equal(a, b) for a, b in zip(joined, tensors, strict=True))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize(("entry", "shape"), ENTRIES.values(), ids=ENTRIES.keys())
+def test_the_pieces_of_all_shards_make_the_whole_parameter(entry: Entry, shape: ModelShape, tensor: int) -> None:
+    tensors = [torch.randn(hf_tensor_shape(name, shape)) for name in entry.hf]
+    ranks = range(tensor if entry.layout.sharded else 1)
+    pieces = [piece for rank in ranks for piece in entry.layout.pieces(tensors, rank, tensor, shape)]
+    whole = torch.full(entry.layout.whole([tuple(x.shape) for x in tensors], tensor), float("nan"))
+    for offset, piece in pieces:
+        whole[tuple(slice(start, start + length) for start, length in zip(offset, piece.shape, strict=True))] = piece
+    assert sum(piece.numel() for _, piece in pieces) == whole.numel()
+    assert all(torch.equal(a, b) for a, b in zip(entry.layout.join([whole], shape), tensors, strict=True))
+    unpadded = entry.layout.split(tensors, 0, 1, shape)
+    assert torch.equal(whole[: len(unpadded)], unpadded)
 
 
 def test_padded_rows_are_zero() -> None:
