@@ -161,6 +161,9 @@ class CheckpointConfig(Section):
     every: Positive = Field(10, description="steps between checkpoints; one is always written at the end and on SIGTERM")
     keep: Positive = Field(2, description="checkpoints kept")
     export_hf: bool = Field(True, description="also write the final policy as an HF directory, RUN/hf")
+    export_every: NonNegative = Field(
+        0, description="steps between policies that are kept as HF directories, RUN/exports/step_N; 0 keeps none"
+    )
 
 
 class EvaluationConfig(Section):

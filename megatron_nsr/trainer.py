@@ -96,7 +96,7 @@ class Trainer:
         if interrupted and (self.step < self.config.run.steps or self._evaluates(self.step)):
             return "stopped"
         if self.config.checkpoint.export_hf:
-            self.recorder.export_hf(self.parts)
+            self.recorder.export_hf(self.parts, self.run_directory.hf)
         return "done"
 
     def train_step(self) -> dict[str, float]:
@@ -137,8 +137,10 @@ class Trainer:
         return step == self.config.run.steps or (every > 0 and step % every == 0)
 
     def _finish_step(self, metrics: dict[str, float], loggers: MetricLogger) -> None:
-        """Evaluates where it is due, and writes the step's line."""
-        clock = PhaseClock()
+        """Exports and evaluates where it is due, and writes the step's line."""
+        clock, export_every = PhaseClock(), self.config.checkpoint.export_every
+        if export_every and self.step % export_every == 0:
+            self.recorder.export_hf(self.parts, self.run_directory.export(self.step))
         if self._evaluates(self.step):
             with clock("eval"):
                 metrics |= self.evaluate()

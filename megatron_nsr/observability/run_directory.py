@@ -79,6 +79,10 @@ class RunDirectory:
         """The final policy as a Hugging Face directory."""
         return self.path / "hf"
 
+    def export(self, step: int) -> Path:
+        """The policy after a step as a Hugging Face directory."""
+        return self.path / "exports" / f"step_{step}"
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"

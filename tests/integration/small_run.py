@@ -57,6 +57,7 @@ class Small:
             *("train", str(CONFIGS / "quickstart.yaml"), "objective.name=nsr", f"run.dir={run}", f"model.path={self.base / 'hf'}"),
             *(f"data.train={self.data('train')}", "data.prompts_per_step=16", "rollout.samples_per_prompt=4"),
             *("optimizer.warmup_steps=2", "optimizer.weight_decay=0.1", "checkpoint.every=1", "checkpoint.keep=2"),
+            "checkpoint.export_every=5",
             *(f"evaluation.benchmarks.puzzle={self.data('test')}", "evaluation.limit=8", "evaluation.samples=4", "evaluation.every=4"),
             *("logging.samples_every=2", "logging.tensorboard=false", *overrides),
         ]

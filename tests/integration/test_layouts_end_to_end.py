@@ -60,7 +60,10 @@ def check_complete(run: Path, steps: int) -> None:
 
 
 def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -> None:
-    check_complete(undisturbed(1), 10)
+    run = RunDirectory(undisturbed(1))
+    check_complete(run.path, 10)
+    fifth, tenth, final = ((folder / "model.safetensors").read_bytes() for folder in (run.export(5), run.export(10), run.hf))
+    assert fifth != tenth == final and len(list(run.export(5).parent.iterdir())) == 2
 
 
 def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
