@@ -52,8 +52,8 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     shape = read_model_shape(config.model.path)
     world_size = distributed.launched_world_size()
     validate_layout(config.parallel, shape, world_size)
-    if config.training.router_aux_loss and shape.moe is None:
-        raise UserError(f"training.router_aux_loss={config.training.router_aux_loss}: the model has no experts; it must be 0")
+    if config.objective.router_aux_loss and shape.moe is None:
+        raise UserError(f"objective.router_aux_loss={config.objective.router_aux_loss}: the model has no experts; it must be 0")
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")

@@ -128,6 +128,9 @@ class ObjectiveConfig(Section):
         "batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches"
     )
     mini_batch_prompts: Positive = Field(256, description="prompts an optimizer step")
+    router_aux_loss: NonNegativeFloat = Field(
+        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
+    )
     dropped_share: Fraction = Field(0.1, description="share of dropped samples on which entropy and log-prob gap are measured all the same")
 
 
@@ -145,9 +148,6 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
-    router_aux_loss: NonNegativeFloat = Field(
-        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
-    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
     )

@@ -32,7 +32,7 @@ METRICS: dict[str, str] = {
     "policy/loss_psr": "the part of the policy loss that correct responses carry, nats",
     "policy/loss_nsr": "the part of the policy loss that wrong responses carry, nats",
     "policy/aux_loss": "load-balancing loss of the routers without its coefficient, mean over layers and trained sequences, "
-    "1 where experts are used evenly; with training.router_aux_loss above 0",
+    "1 where experts are used evenly; with objective.router_aux_loss above 0",
     "policy/grad_norm": "global gradient norm before clipping, mean over the step's mini-batches",
     "policy/grad_norm_head_psr": "gradient norm that correct responses send into the LM head's input, entropy bonus excluded",
     "policy/grad_norm_head_nsr": "gradient norm that wrong responses send into the LM head's input, entropy bonus excluded",

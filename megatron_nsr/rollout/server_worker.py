@@ -68,6 +68,8 @@ class WorkerExtension:
         self._nsr_version = version
         if version is None and self._weight_update_active:
             self.finish_weight_update()
+        if version is None and not torch.cuda.is_available():
+            repack_at_next_reload(self.model_runner.model)
 
     def nsr_sees(self, path: str, size: int) -> dict[str, bool]:
         """Whether a file of the trainer's is there, so that weights can come by file."""
@@ -81,4 +83,4 @@ class WorkerExtension:
         return {"held": [[*region, share] for region, share in sums.items()]}
 
 
-register_file_transport(FILE_TRANSPORT, read_tensors, prepare=repack_at_next_reload)
+register_file_transport(FILE_TRANSPORT, read_tensors)

@@ -88,11 +88,8 @@ class FilePlace:
     path: str = ""
 
 
-def register_file_transport(name: str, read: Callable[[str], Tensors], *, prepare: Callable[[torch.nn.Module], None]) -> None:
-    """Makes vLLM know a weight transfer backend that loads what `read` yields of each file it is told of. For a server's workers.
-
-    prepare: called with the model before each update.
-    """
+def register_file_transport(name: str, read: Callable[[str], Tensors]) -> None:
+    """Makes vLLM know a weight transfer backend that loads what `read` yields of each file it is told of. For a server's workers."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
@@ -107,7 +104,6 @@ def register_file_transport(name: str, read: Callable[[str], Tensors], *, prepar
         # 0.32 sets the current config around these calls (gpu_worker.py), 0.26 does not
         def start_weight_update(self) -> None:
             with set_current_vllm_config(self.vllm_config):
-                prepare(self.model)
                 initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:

@@ -38,10 +38,10 @@ from megatron_nsr.training.checkpoint_files import REMEDY, newest_checkpoint, re
 from megatron_nsr.training.optimizer_state import OptimizerState
 from megatron_nsr.types import UserError
 
-AHEAD_FILE = "ahead.pt"
 EXTRA_STATE = "_extra_state"
 # What torch and megatron-core raise for broken files; the first is no Exception, and holds each rank's own.
 DAMAGE = (CheckpointException, CheckpointingException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, ValueError)
+AHEAD_FILE = "ahead.pt"
 
 
 class Checkpoints:

@@ -120,6 +120,7 @@ def main() -> None:
         layouts, folder = layouts_of(model.name)[distributed.world_size()], arguments.out / model.name
         for name, fields in layouts.items():
             results[f"{name}/{model.name}"] = check(model, name, fields, folder)
+        distributed.barrier()  # every rank must find the same files
         for name, fields in layouts.items():
             trained = (other for world in layouts_of(model.name).values() for other in world if other != name)
             others = [other for other in trained if (folder / other / "after.pt").is_file()]
