@@ -51,6 +51,17 @@ def post(server: RolloutServer, path: str) -> None:
         assert answer.status == 200
 
 
+def same_numbers(run: Path, reference: Path) -> None:
+    """The same tokens from the same weights. Requests reach a server in batches that their timing makes, so that log-probs are rounded anew."""
+    got, want = values(run), values(reference)
+    assert [step["step"] for step in got] == [step["step"] for step in want]
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            exact = name in ("rollout/weight_version", "rollout/staleness", "rollout/response_tokens_mean", "reward/correct_ratio")
+            assert mine[name] == (theirs[name] if exact else pytest.approx(theirs[name], rel=1e-3, abs=1e-4)), (mine["step"], name)
+
+
 def test_steps_are_drawn_from_the_weights_that_were_pushed(undisturbed_server_run: Path) -> None:
     steps = values(undisturbed_server_run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
@@ -95,7 +106,7 @@ def test_a_run_that_loses_all_servers_keeps_its_last_step_and_goes_on_with_new_o
     server.kill()
     server.begin()  # it comes back without weights: they are pushed to it again
     finished(resumed, 0)
-    assert values(run) == values(undisturbed_server_run)
+    same_numbers(run, undisturbed_server_run)
 
 
 def test_a_run_on_two_servers_goes_on_with_the_one_that_is_left(
@@ -138,7 +149,7 @@ def test_a_step_ahead_is_older_by_one_and_resumes_to_the_same_numbers(
     latest = RunDirectory(stopped).latest
     assert json.loads((latest / "run.json").read_text())["sampler"]["drawn"] == state(stopped)["step"]  # not what was drawn ahead
     finished(start(small.nsr(stopped, *ahead, "checkpoint.every=100"), tmp_path / "resumed.log"), 0)
-    assert values(stopped) == values(whole)
+    same_numbers(stopped, whole)
 
 
 NCCL_PROGRAM = """
