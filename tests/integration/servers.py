@@ -38,6 +38,12 @@ class RolloutServer:
         assert self._started is not None
         wait_until(self._answers, self._started, "the server answered")
 
+    def revive(self) -> None:
+        """Starts it again if it is not there."""
+        if self._started is None or self._started.process.poll() is not None:
+            self.begin()
+        self.wait()
+
     def kill(self) -> None:
         """As a crash does: at once, with all its processes."""
         if self._started is not None:

@@ -51,6 +51,17 @@ def post(server: RolloutServer, path: str) -> None:
         assert answer.status == 200
 
 
+def same_numbers(run: Path, reference: Path) -> None:
+    """The same tokens from the same weights. Requests reach a server in batches that their timing makes, so that log-probs are rounded anew."""
+    got, want = values(run), values(reference)
+    assert [step["step"] for step in got] == [step["step"] for step in want]
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            exact = name in ("rollout/weight_version", "rollout/staleness", "rollout/response_tokens_mean", "reward/correct_ratio")
+            assert mine[name] == (theirs[name] if exact else pytest.approx(theirs[name], rel=1e-3, abs=1e-4)), (mine["step"], name)
+
+
 def test_steps_are_drawn_from_the_weights_that_were_pushed(undisturbed_server_run: Path) -> None:
     steps = values(undisturbed_server_run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
@@ -74,30 +85,11 @@ def test_two_workers_that_share_the_model_hold_its_weights(
     assert steps[0]["policy/loss"] == pytest.approx(values(undisturbed_server_run)[0]["policy/loss"], rel=1e-4)
 
 
-def test_a_run_on_two_servers_goes_on_with_the_one_that_is_left(
-    small: Small, servers: dict[str, RolloutServer], undisturbed_server_run: Path, tmp_path: Path
-) -> None:
-    run, both = tmp_path / "run", server_overrides([servers["one"], servers["two"]])
-    started = start(small.nsr(run, "run.steps=4", "rollout.server_timeout_s=3", *both), tmp_path / "log", ranks=2)
-    wait_until(lambda: steps_logged(run) >= 1, started, "step 1")
-    servers["two"].kill()
-    finished(started, 0)
-    steps = values(run)
-    assert [step["step"] for step in steps] == [1, 2, 3, 4]
-    assert all(0 < step["rollout/logprob_gap_max"] < GAP for step in steps)
-    # how many servers there are changes no token, and how many ranks there are none of the first step
-    same = values(undisturbed_server_run)[0]
-    for name in ("reward/correct_ratio", "rollout/response_tokens_mean", "policy/loss", "policy/entropy"):
-        assert steps[0][name] == pytest.approx(same[name], rel=1e-4), name
-
-
 def test_a_run_that_loses_all_servers_keeps_its_last_step_and_goes_on_with_new_ones(
     small: Small, servers: dict[str, RolloutServer], undisturbed_server_run: Path, tmp_path: Path
 ) -> None:
     run, server = tmp_path / "run", servers["two"]
-    server.kill()
-    server.begin()
-    server.wait()
+    server.revive()
     arguments = small.nsr(run, "run.steps=4", "checkpoint.every=100", *server_overrides([server]))
     started = start([*arguments, "rollout.server_timeout_s=1"], tmp_path / "lost.log")
     wait_until(lambda: steps_logged(run) >= 1, started, "step 1")
@@ -114,7 +106,25 @@ def test_a_run_that_loses_all_servers_keeps_its_last_step_and_goes_on_with_new_o
     server.kill()
     server.begin()  # it comes back without weights: they are pushed to it again
     finished(resumed, 0)
-    assert values(run) == values(undisturbed_server_run)
+    same_numbers(run, undisturbed_server_run)
+
+
+def test_a_run_on_two_servers_goes_on_with_the_one_that_is_left(
+    small: Small, servers: dict[str, RolloutServer], undisturbed_server_run: Path, tmp_path: Path
+) -> None:
+    servers["two"].revive()
+    run, both = tmp_path / "run", server_overrides([servers["one"], servers["two"]])
+    started = start(small.nsr(run, "run.steps=4", "rollout.server_timeout_s=3", *both), tmp_path / "log", ranks=2)
+    wait_until(lambda: steps_logged(run) >= 1, started, "step 1")
+    servers["two"].kill()
+    finished(started, 0)
+    steps = values(run)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert all(0 < step["rollout/logprob_gap_max"] < GAP for step in steps)
+    # how many servers there are changes no token, and how many ranks there are none of the first step
+    same = values(undisturbed_server_run)[0]
+    for name in ("reward/correct_ratio", "rollout/response_tokens_mean", "policy/loss", "policy/entropy"):
+        assert steps[0][name] == pytest.approx(same[name], rel=1e-4), name
 
 
 def test_a_step_ahead_is_older_by_one_and_resumes_to_the_same_numbers(
@@ -139,7 +149,7 @@ def test_a_step_ahead_is_older_by_one_and_resumes_to_the_same_numbers(
     latest = RunDirectory(stopped).latest
     assert json.loads((latest / "run.json").read_text())["sampler"]["drawn"] == state(stopped)["step"]  # not what was drawn ahead
     finished(start(small.nsr(stopped, *ahead, "checkpoint.every=100"), tmp_path / "resumed.log"), 0)
-    assert values(stopped) == values(whole)
+    same_numbers(stopped, whole)
 
 
 NCCL_PROGRAM = """
