@@ -58,8 +58,10 @@ $(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
 	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
 	@touch $@
 
+# Unit tests are processes of one thread; the others start several processes themselves.
 test: $(TEST_INSTALLED) ## run all tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/distributed tests/integration
 
 test-vllm-0.26: $(TEST_INSTALLED) $(OLD_INSTALLED) ## the rollout server tests with servers of vLLM 0.26 and torch 2.11
 	MEGATRON_NSR_SERVER_PYTHON=$(CURDIR)/$(OLD_VENV)/bin/python $(BIN)/python -m pytest tests/integration/test_rollout_servers.py
