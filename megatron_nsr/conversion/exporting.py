@@ -67,7 +67,7 @@ def export_hf(source: Path, target: Path, max_file_bytes: int) -> None:
         copy_tokenizer(source, content)
 
     named = zip(file_names(len(files)), files, strict=True)
-    parts = [Part(file, sum(header.bytes for header in held), maker(file, held)) for file, held in named]
+    parts = [Part(file, file, sum(header.bytes for header in held), maker(file, held)) for file, held in named]
     written = (source / RUN_FILE).stat().st_mtime_ns
     request = {"export": str(source.resolve()), "written": written, "files": description["files"], "max_file_bytes": max_file_bytes}
     make_folder(target, request, parts, finish, title="export")

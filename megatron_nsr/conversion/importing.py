@@ -38,7 +38,7 @@ def import_hf(source: Path, target: Path, parallel: ParallelConfig) -> None:
         request = {"import": str(source.resolve()), "files": _state_of(source, files), "layout": _layout(parallel)}
         element_size = DTYPES[dtype].itemsize
         parts = [
-            Part(part.file, part_bytes(part, shape, parallel, element_size), _maker(part, shape, parallel, files))
+            Part(part.file, f"state/{part.file}", part_bytes(part, shape, parallel, element_size), _maker(part, shape, parallel, files))
             for part in plan_parts(shape, parallel)
         ]
         make_folder(target, request, parts, lambda content, stored: _finish(content, stored, source, request), title="import")

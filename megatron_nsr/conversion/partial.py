@@ -64,14 +64,15 @@ class PartialFolder:
         """What `keep` was given for a part that is complete; None for any other."""
         return self._read(self._parts / f"{part}.json")
 
-    def keep(self, part: str, result: Any) -> None:
-        """Notes that the part's files are on the disk. result: anything JSON can hold but null."""
+    def keep(self, part: str, file: str, result: Any) -> None:
+        """Brings the part's file in `content` to the disk, then notes that it is there. result: anything JSON can hold but null."""
+        _sync(self.content / file)
         self._write(self._parts / f"{part}.json", result)
 
     def publish(self) -> None:
         """The content becomes the target."""
-        for folder in [path for path in self.content.rglob("*") if path.is_dir()] + [self.content]:
-            _sync(folder)
+        for path in (*self.content.rglob("*"), self.content):
+            _sync(path)
         os.replace(self.content, self.target)
         _sync(self.target.parent)
         shutil.rmtree(self.path)
@@ -105,8 +106,9 @@ class PartialFolder:
         os.replace(new, path)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Brings a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

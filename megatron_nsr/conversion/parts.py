@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ class OutputError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of work that leaves complete files behind. make: gets the content folder, returns what `finish` needs of it (JSON)."""
+    """A piece of work that leaves one file behind. make: gets the content folder, returns what `finish` needs of it (JSON)."""
 
     name: str
+    file: str  # in the content folder
     bytes: int
     make: Callable[[Path], Any]
 
@@ -56,9 +58,17 @@ def _make(folder: PartialFolder, parts: Sequence[Part], title: str) -> None:
     with Progress(*columns, console=Console(stderr=True), disable=distributed.rank() != 0) as progress:
         total = sum(part.bytes for part in parts)
         task = progress.add_task(title + ranks, total=total, completed=total - sum(part.bytes for part in left))
-        for part in left:
-            folder.keep(part.name, part.make(folder.content))
-            progress.advance(task, part.bytes)
+        # One part is brought to the disk while the next is made.
+        keeping: Future[None] | None = None
+        with ThreadPoolExecutor(1) as thread:
+            for part in left:
+                result = part.make(folder.content)
+                if keeping is not None:
+                    keeping.result()
+                keeping = thread.submit(folder.keep, part.name, part.file, result)
+                progress.advance(task, part.bytes)
+        if keeping is not None:
+            keeping.result()
 
 
 def _finish(folder: PartialFolder, parts: Sequence[Part], finish: Callable[[Path, list[Any]], None]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,15 +59,13 @@ def file_names(count: int) -> list[str]:
 
 
 def write_safetensors(path: Path, headers: Sequence[TensorHeader], tensors: Iterable[Tensor]) -> None:
-    """Writes one file and brings it to the disk; each tensor is asked for when its turn comes, and must be as its header says."""
+    """Writes one file; each tensor is asked for when its turn comes, and must be as its header says."""
     with path.open("wb") as file:
         file.write(_header(headers))
         for header, tensor in zip(headers, tensors, strict=True):
             if header_of(header.name, tensor) != header:
                 raise ValueError(f"{header.name} is {tensor.dtype} {tuple(tensor.shape)}, not {header.dtype} {header.shape}")
             file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_index(directory: Path, files: Sequence[Sequence[TensorHeader]]) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,16 +59,14 @@ class StoredPiece:
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> list[StoredPiece]:
-    """Writes one file, one piece in memory at a time, and brings it to the disk. Raises OSError where the disk does not take it."""
+    """Writes one file, one piece in memory at a time. Raises OSError where the disk does not take it."""
     stored = []
-    with path.open("wb") as file:
+    with path.open("wb") as file, _without_checksums():
         for piece in pieces:
             start = file.tell()
             _save(_own_storage(piece.tensor), file)
             sizes, dtype = tuple(piece.tensor.shape), str(piece.tensor.dtype).removeprefix("torch.")
             stored.append(StoredPiece(piece.key, piece.offset, piece.whole, sizes, dtype, path.name, start, file.tell() - start))
-        file.flush()
-        os.fsync(file.fileno())
     return stored
 
 
@@ -177,6 +176,17 @@ def _own_storage(tensor: Tensor) -> Tensor:
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size():
         return tensor
     return torch.frombuffer(memoryview(tensor.view(-1).view(torch.uint8).numpy()), dtype=tensor.dtype).view(tensor.shape)
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.save computes a CRC of all bytes, which torch.load never looks at."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _save(tensor: Tensor, file: BinaryIO) -> None:
