@@ -52,7 +52,7 @@ def post(server: RolloutServer, path: str) -> None:
 
 
 def same_numbers(run: Path, reference: Path) -> None:
-    """The same tokens from the same weights; log-probs up to rounding: the timing of requests makes the batches they are computed in."""
+    """The same tokens from the same weights; log-probs are rounded anew, as requests reach a server in batches that their timing makes."""
     got, want = values(run), values(reference)
     assert [step["step"] for step in got] == [step["step"] for step in want]
     for mine, theirs in zip(got, want, strict=True):
