@@ -171,6 +171,11 @@ def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[Prompt
 def _check_own_loss(objective: Objective, config: Config) -> None:
     """Raises UserError where an objective with a loss of its own is given settings of the built-in ones: they would do nothing."""
     if isinstance(objective, OwnLoss):
+        if config.rollout.max_staleness:  # it asks for rollout_correction, which weighs the built-in losses only
+            raise UserError(
+                f"rollout.max_staleness={config.rollout.max_staleness}: it must be 0, as objective.name={config.objective.name!r} brings its "
+                "own token_loss, which nothing corrects for older weights"
+            )
         given = config.objective.model_fields_set
         for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction"):
             field = type(config.objective).model_fields[name]

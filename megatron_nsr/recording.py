@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from megatron_nsr.components import Components, Inputs
 from megatron_nsr.config import Config
 from megatron_nsr.evaluation.benchmarks import Evaluation
@@ -23,6 +25,7 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.types import Prompt, StepMetrics, UserError
 from megatron_nsr.weights.gathering import execute_push_plan
 from megatron_nsr.weights.safetensors_files import write_hf_directory
+from megatron_nsr.weights.safetensors_writing import config_of_dtype
 
 
 class Progress:
@@ -147,6 +150,6 @@ class Recorder:
         """Writes the policy as a Hugging Face directory. A collective call."""
         source = Path(self.config.model.path)
         tensors = execute_push_plan(parts.push_plan, parts.actor.chunks)
-        config_json = json.loads((source / "config.json").read_text())
+        config_json = config_of_dtype(json.loads((source / "config.json").read_text()), getattr(torch, self.config.model.dtype))
         write_hf_directory(directory, tensors, config_json, copy_from=source, writer=self.writes)
         distributed.barrier()

@@ -24,6 +24,7 @@ from megatron_nsr.weights.safetensors_writing import (
     DTYPE_NAMES,
     DTYPES,
     TensorHeader,
+    config_of_dtype,
     file_names,
     plan_files,
     write_index,
@@ -89,9 +90,6 @@ def _dtype(reader: TorchDistReader, entry: Entry) -> str:
 
 
 def _config(source: Path, dtypes: set[str]) -> dict[str, Any]:
-    """The checkpoint's config.json; a dtype in it becomes the weights', which may have been trained in another than they were read in."""
+    """The checkpoint's config.json; a dtype in it becomes that of all weights, where they have one."""
     config = read_json(source, "config.json") or {}
-    if len(dtypes) == 1:
-        dtype = str(DTYPES[next(iter(dtypes))]).removeprefix("torch.")
-        config |= {name: dtype for name in ("dtype", "torch_dtype") if config.get(name)}
-    return config
+    return config_of_dtype(config, DTYPES[next(iter(dtypes))]) if len(dtypes) == 1 else config

@@ -6,6 +6,7 @@ May import: megatron.core, platform, config, types.
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,18 +73,19 @@ def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size:
     model_parallel_cuda_manual_seed(seed)
 
 
-_built: list[dict[str, int | None]] = []  # the sizes of the groups that exist, if any do
+_built: list[Any] = []  # the default process group and the sizes that the groups were built for, if there are any
 
 
 def _build_groups(sizes: dict[str, int | None]) -> None:
     from megatron.core import parallel_state
 
-    if _built == [sizes] and parallel_state.model_parallel_is_initialized():
+    asked = [dist.group.WORLD, sizes]
+    if _built == asked and parallel_state.model_parallel_is_initialized():
         return
     destroy_parallel()
     minutes = int(TIMEOUT.total_seconds() // 60)
     parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1, distributed_timeout_minutes=minutes)
-    _built[:] = [sizes]
+    _built[:] = asked
 
 
 def destroy_parallel() -> None:

@@ -5,13 +5,17 @@ May import: config, types, models, platform, this package, torch.
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from functools import partial
+
 import torch
 
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.platform import distributed
 from megatron_nsr.rollout.engine import RolloutEngine
-from megatron_nsr.rollout.server_check import Needed, check_servers
+from megatron_nsr.rollout.server_check import Needed, check_servers, compare
 from megatron_nsr.rollout.server_client import Server
 from megatron_nsr.rollout.server_engine import ServerEngine
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
@@ -47,6 +51,7 @@ def build_engine(config: Config, shape: ModelShape, server_weights: frozenset[st
             bucket_bytes=rollout.push_bucket_mib * MIB,
             timeout_s=rollout.server_timeout_s,
             speaks=distributed.rank() == 0,
+            fits=partial(compare, needed=_needed(config, shape)),
         )
     return VllmEngine(
         config.model.path,
@@ -75,12 +80,5 @@ def _needed(config: Config, shape: ModelShape) -> Needed:
         dtype=config.model.dtype,
         workers=config.rollout.tensor_parallel,
         max_model_len=longest_sequence(config, shape.max_positions),
-        model={
-            "model_type": shape.family,
-            "num_hidden_layers": shape.num_layers,
-            "hidden_size": shape.hidden,
-            "vocab_size": shape.vocab_size,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.query_groups,
-        },
+        model=json.loads(json.dumps(asdict(shape))),
     )

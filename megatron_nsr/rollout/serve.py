@@ -1,6 +1,6 @@
 """`megatron-nsr serve`: one rollout server, vLLM's API server with what a trainer needs of it.
 
-May import: config, types, platform, this package, torch.
+May import: config, types, models, this package, torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_nsr.config import Config
-from megatron_nsr.platform.model_files import read_json
+from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT, WorkerExtension
 from megatron_nsr.rollout.vllm_api import API_SERVER, version_arguments
 from megatron_nsr.rollout.vllm_environment import prepare_environment
@@ -36,13 +36,12 @@ def serve(config: Config, *, host: str, port: int) -> None:
 def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
     """vLLM's command line beside host and port; every choice is that of the engine in the trainer (vllm_engine.py)."""
     rollout = config.rollout
-    model = read_json(config.model.path, "config.json")
-    if model is None:
-        raise UserError(f"model.path={config.model.path}: no config.json; give a Hugging Face model's directory")
+    shape = read_model_shape(config.model.path)
+    longest = longest_sequence(config, shape.max_positions)
     options: dict[str, Any] = {
         "model": config.model.path,
         "dtype": config.model.dtype,
-        "max_model_len": longest_sequence(config, int(model["max_position_embeddings"])),
+        "max_model_len": longest,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": rollout.tensor_parallel,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
@@ -56,9 +55,9 @@ def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         "weight_transfer_config": {"backend": FILE_TRANSPORT if on_cpu else "nccl"},
         "uvicorn_log_level": "warning",  # no line for each request
-        **(cpu_options(longest_sequence(config, int(model["max_position_embeddings"]))) if on_cpu else {}),
+        **(cpu_options(longest) if on_cpu else {}),
     }
-    if on_cpu and model.get("tie_word_embeddings", False):
+    if on_cpu and shape.tie_embeddings:
         options["hf_overrides"] = {"tie_word_embeddings": False}  # as in vllm_engine.py
     return [*_flags(options), *version_arguments(_vllm_version())]
 

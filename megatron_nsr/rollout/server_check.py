@@ -29,7 +29,7 @@ class Needed:
     dtype: str
     workers: int
     max_model_len: int
-    model: Mapping[str, Any]  # fields of config.json
+    model: Mapping[str, Any]  # a ModelShape as JSON
 
 
 def check_servers(servers: Sequence[Server], needed: Needed, timeout_s: float) -> frozenset[str]:
@@ -45,7 +45,7 @@ async def _check(servers: Sequence[Server], needed: Needed, timeout_s: float) ->
     async with new_session() as session:
         described = await asyncio.gather(*(_describe(session, server, timeout_s) for server in servers))
         for server, workers in zip(servers, described, strict=True):
-            _compare(server, workers, needed)
+            compare(server, workers, needed)
         if needed.transport == FILE_TRANSPORT:
             for server in servers:
                 await _require_shared_files(session, server)
@@ -64,7 +64,7 @@ async def _describe(session: aiohttp.ClientSession, server: Server, timeout_s: f
         raise UserError(f"{error}; there is no server: {START}, or correct the address") from None
 
 
-def _compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed) -> None:
+def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed) -> None:
     """Raises UserError where the server was started with another config."""
     first = workers[0]
     pairs = {

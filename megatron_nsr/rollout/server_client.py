@@ -33,10 +33,10 @@ class ServerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Which process a server is, and which version of the weights it holds; a server that was started again is another one."""
+    """Which process a server is, and the label of the weights it holds; a server that was started again is another one."""
 
     identity: str
-    version: int | None
+    label: str | None
 
 
 class Server:
@@ -68,7 +68,7 @@ class Server:
     async def held(self, session: aiohttp.ClientSession) -> Held:
         """Raises ServerError, soon where it cannot be reached."""
         first = (await self.workers(session, "nsr_held", timeout_s=SIGN_OF_LIFE_S))[0]
-        return Held(first["identity"], first["version"])
+        return Held(first["identity"], first["label"])
 
     async def generate(self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling) -> list[Completion]:
         """Samples the responses of one request. Raises ServerError, RuntimeError for an answer that makes no sense."""

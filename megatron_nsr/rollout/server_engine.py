@@ -6,10 +6,11 @@ May import: types, platform, this package, aiohttp, torch, transformers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 import aiohttp
 import torch
@@ -17,10 +18,12 @@ import torch
 from megatron_nsr.rollout import vllm_api
 from megatron_nsr.rollout.engine import Completion, Region, RolloutsLost, SampleRequest, Sampling
 from megatron_nsr.rollout.pushed_weights import HEAD, PushedWeights
-from megatron_nsr.rollout.server_client import CALL_TIMEOUT_S, Server, ServerError, new_session, retried
+from megatron_nsr.rollout.server_client import CALL_TIMEOUT_S, SIGN_OF_LIFE_S, Server, ServerError, new_session, retried
 from megatron_nsr.rollout.server_sampling import sample_on_servers
 from megatron_nsr.rollout.weight_transport import FileTransport, NcclTransport, Transport
+from megatron_nsr.types import UserError
 
+Fits = Callable[[Server, Sequence[Mapping[str, Any]]], None]
 RESETS = 50  # tries to empty the prefix cache: blocks of the last requests are freed a moment after their answers
 RESET_PAUSE_S = 0.1
 
@@ -42,7 +45,8 @@ class ServerEngine:
     sample nothing. A server that is lost is left out until the next push, which takes in whatever answers then. No file of
     the model is read but its config.
 
-    names: of the weights that every server holds, as `check_servers` found them. tied: the policy has no head of its own.
+    names: of the weights that every server holds, as `check_servers` found them. tied: the policy has no head of its own. fits: raises
+    UserError where a server, which may have come later, was started with another config.
     """
 
     def __init__(
@@ -56,9 +60,11 @@ class ServerEngine:
         bucket_bytes: int,
         timeout_s: float,
         speaks: bool,
+        fits: Fits,
     ) -> None:
         self._servers, self._names, self._tied, self._vocabulary, self._dtype = servers, names, tied, vocabulary, dtype
-        self._bucket_bytes, self._timeout_s, self._speaks = bucket_bytes, timeout_s, speaks
+        self._bucket_bytes, self._timeout_s, self._speaks, self._fits = bucket_bytes, timeout_s, speaks, fits
+        self._name, self._told = uuid4().hex, set[str]()
         self._transport: Transport = NcclTransport() if torch.cuda.is_available() else FileTransport()
         self._members: list[Member] = []
         self._version: int | None = None
@@ -83,7 +89,7 @@ class ServerEngine:
             return []
         if self._version is None:
             raise RolloutsLost(self._lost)
-        return asyncio.run(sample_on_servers(self._members, self._version, requests, sampling, self._timeout_s))
+        return asyncio.run(sample_on_servers(self._members, self._label(self._version), requests, sampling, self._timeout_s))
 
     def load_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int) -> int:
         """Replaces every weight of every server that answers, and waits for one where none does; see RolloutEngine.
@@ -116,10 +122,14 @@ class ServerEngine:
         return pushed.bytes
 
     def held_checksums(self) -> list[dict[Region, int]]:
-        """Of each worker of each server; see RolloutEngine."""
+        """Of each worker of each server; see RolloutEngine. Where the last server is lost `generate` says so."""
         if not self._speaks or self._version is None:
             return []
-        answers = self._run(lambda session, member: member.server.workers(session, "nsr_checksums"))
+        try:
+            answers = self._run(lambda session, member: member.server.workers(session, "nsr_checksums"))
+        except ServerError as error:
+            self._version, self._lost = None, str(error)
+            return []
         workers = [worker for answer in answers for worker in answer]
         return [{(name, row, column): share for name, row, column, share in worker["held"]} for worker in workers]
 
@@ -140,14 +150,24 @@ class ServerEngine:
             async def all_of_them() -> list[Member]:
                 found = await asyncio.gather(*(self._join(session, server) for server in self._servers), return_exceptions=True)
                 members = [item for item in found if isinstance(item, Member)]
-                if not members:
-                    raise next(item for item in found if isinstance(item, BaseException))
+                problems = [item for item in found if isinstance(item, BaseException)]
+                for problem in problems:
+                    if not isinstance(problem, ServerError):
+                        raise problem
+                    if members:
+                        self._tell(problem)
+                if not members:  # one that may still come is waited for
+                    raise min(problems, key=lambda problem: isinstance(problem, ServerError) and problem.answered)
                 return members
 
             return await retried(all_of_them, self._timeout_s)
 
     async def _join(self, session: aiohttp.ClientSession, server: Server) -> Member:
-        workers = await server.workers(session, "nsr_describe", timeout_s=CALL_TIMEOUT_S)
+        workers = await server.workers(session, "nsr_describe", timeout_s=SIGN_OF_LIFE_S)
+        try:
+            self._fits(server, workers)
+        except UserError as error:
+            raise ServerError(server, str(error).removeprefix(f"{server.name}: "), answered=True) from None
         return Member(server, workers[0]["identity"], len(workers), workers[0]["max_num_seqs"])
 
     def _run(self, call: Callable[[aiohttp.ClientSession, Member], Coroutine[Any, Any, Any]]) -> list[Any]:
@@ -162,10 +182,22 @@ class ServerEngine:
             if isinstance(problem, BaseException) and not isinstance(problem, ServerError):
                 raise problem
         failed = [item for item in answers if isinstance(item, ServerError)]
+        for item in failed:
+            self._tell(item)
         self._members = [member for member, item in zip(self._members, answers, strict=True) if not isinstance(item, ServerError)]
         if failed and not self._members:
             raise failed[0]
         return [item for item in answers if not isinstance(item, ServerError)]
+
+    def _label(self, version: int) -> str:
+        """What the weights of a version are called; two runs that use one server do not take each other's."""
+        return f"{self._name}:{version}"
+
+    def _tell(self, problem: ServerError) -> None:
+        """That a run goes on with fewer servers, once for each reason."""
+        if str(problem) not in self._told:
+            self._told.add(str(problem))
+            print(f"{problem}; left out until a later push", flush=True)
 
     def _initialize(self, infos: list[dict[str, Any]]) -> None:
         by_member = dict(zip((member.identity for member in self._members), infos, strict=True))
@@ -187,7 +219,7 @@ class ServerEngine:
             await asyncio.sleep(RESET_PAUSE_S)
         else:
             raise ServerError(server, "did not reset its prefix cache: requests are still running", answered=True)
-        await server.workers(session, "nsr_label", version)
+        await server.workers(session, "nsr_label", self._label(version))
         await server.call(session, vllm_api.RESUME, timeout_s=CALL_TIMEOUT_S)
 
 

@@ -23,24 +23,30 @@ INTERRUPTIONS = 5  # connections lost in a row, by a server that is there when a
 
 
 async def sample_on_servers(
-    members: Sequence[Member], version: int, requests: Sequence[SampleRequest], sampling: Sampling, timeout_s: float
+    members: Sequence[Member], label: str, requests: Sequence[SampleRequest], sampling: Sampling, timeout_s: float
 ) -> list[Completion]:
     """The responses to all requests, in their order, whoever gave them.
 
-    A server that cannot be reached is waited for; one that then turns out to have been started again is lost, as is one that
-    answers with an error. Raises RolloutsLost where all are.
+    label: of the weights that the servers were given. A server that cannot be reached is waited for; one that then turns out to have
+    been started again, or to hold other weights, is lost, as is one that answers with an error. It is asked before its first response
+    and after its last: one that was lost in between gave responses that cannot be trusted. Raises RolloutsLost where all are lost.
     """
-    work = _Work(version, requests, sampling, timeout_s)
+    work = _Work(label, requests, sampling, timeout_s)
     async with new_session() as session, _cancelled_at_the_end() as start:
-        everything = start(work.left.join())
-        servers = {start(work.serve(session, member)) for member in members}
-        while servers and not everything.done():
-            ended, _ = await asyncio.wait({everything, *servers}, return_when=asyncio.FIRST_COMPLETED)
-            for task in ended & servers:
-                task.result()  # raises where an answer made no sense
-            servers -= ended
-        if not everything.done():
-            raise RolloutsLost("; ".join(work.problems))
+        serving = {member: start(work.serve(session, member)) for member in members}
+        while not work.complete:
+            everything = start(work.left.join())
+            servers = set(serving.values())
+            while servers and not everything.done():
+                ended, _ = await asyncio.wait({everything, *servers}, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended & servers:
+                    task.result()  # raises where an answer made no sense
+                servers -= ended
+            if not everything.done():
+                raise RolloutsLost("; ".join(work.problems))
+            for member in await work.doubtful(session):
+                serving.pop(member).cancel()
+                work.take_back(member)
     return [completion for answer in work.answers for completion in answer]
 
 
@@ -64,17 +70,44 @@ async def _cancelled_at_the_end() -> AsyncIterator[Callable[[Coroutine[Any, Any,
 class _Work:
     """What is left to sample, and what has been."""
 
-    def __init__(self, version: int, requests: Sequence[SampleRequest], sampling: Sampling, timeout_s: float) -> None:
-        self.version, self.requests, self.sampling, self.timeout_s = version, requests, sampling, timeout_s
+    def __init__(self, label: str, requests: Sequence[SampleRequest], sampling: Sampling, timeout_s: float) -> None:
+        self.label, self.requests, self.sampling, self.timeout_s = label, requests, sampling, timeout_s
         self.answers: list[list[Completion]] = [[] for _ in requests]
+        self.givers: dict[int, Member] = {}  # who gave which of the answers
         self.problems: list[str] = []
         self.left: asyncio.Queue[int] = asyncio.Queue()
         for index in range(len(requests)):
             self.left.put_nowait(index)
 
+    @property
+    def complete(self) -> bool:
+        return len(self.givers) == len(self.requests)
+
+    async def doubtful(self, session: aiohttp.ClientSession) -> list[Member]:
+        """Those who gave answers and do not hold the weights, or cannot be asked; they are not waited for: others can answer again."""
+        members = list(dict.fromkeys(self.givers.values()))
+        problems = await asyncio.gather(*(self._check(session, member) for member in members), return_exceptions=True)
+        for problem in problems:
+            if isinstance(problem, ServerError):
+                self.problems.append(str(problem))
+            elif problem is not None:
+                raise problem
+        return [member for member, problem in zip(members, problems, strict=True) if problem is not None]
+
+    def take_back(self, member: Member) -> None:
+        """What the member answered is to be answered again."""
+        for index in [index for index, giver in self.givers.items() if giver is member]:
+            del self.givers[index]
+            self.left.put_nowait(index)
+
     async def serve(self, session: aiohttp.ClientSession, member: Member) -> None:
         """Gives the server work until it is lost (or this is cancelled)."""
         width = max(1, AHEAD * member.max_num_seqs // max(request.n for request in self.requests))
+        try:
+            await self._require(session, member)
+        except ServerError as error:
+            self.problems.append(str(error))
+            return
         async with _cancelled_at_the_end() as start:
             tasks = {start(self._take(session, member)) for _ in range(min(width, len(self.requests)))}
             tasks.add(start(self._watch(session, member)))
@@ -91,7 +124,7 @@ class _Work:
             index = await self.left.get()
             try:
                 self.answers[index] = await member.server.generate(session, self.requests[index], self.sampling)
-                interruptions = 0
+                self.givers[index], interruptions = member, 0
             except BaseException as error:
                 self.left.put_nowait(index)  # for whoever is free
                 interruptions += 1
@@ -109,6 +142,11 @@ class _Work:
 
     async def _require(self, session: aiohttp.ClientSession, member: Member) -> None:
         """Raises ServerError unless the server is there, perhaps after a while, with the weights that it was given."""
-        held = await retried(lambda: member.server.held(session), self.timeout_s)
-        if held != Held(member.identity, self.version):
+        await retried(lambda: self._check(session, member), self.timeout_s)
+
+    async def _check(self, session: aiohttp.ClientSession, member: Member) -> None:
+        held = await member.server.held(session)
+        if held.identity != member.identity:
             raise ServerError(member.server, "was started again and has lost its weights", answered=True)
+        if held != Held(member.identity, self.label):
+            raise ServerError(member.server, "holds other weights: another run uses it, too", answered=True)

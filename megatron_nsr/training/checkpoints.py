@@ -102,9 +102,11 @@ class Checkpoints:
         description = read_description(path)
         load_state(path / "state", wrapped, optimizer, backend)
         if description["world_size"] == distributed.world_size():
-            set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
+            with _readable(path):
+                set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
         ahead = path / AHEAD_FILE
-        return description | {"ahead": torch.load(ahead, weights_only=False) if ahead.is_file() else None}
+        with _readable(path):
+            return description | {"ahead": torch.load(ahead, weights_only=False) if ahead.is_file() else None}
 
     def _point_latest(self, target: Path) -> None:
         link = self.directory / ".new-latest"

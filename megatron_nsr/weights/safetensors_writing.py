@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class TensorHeader:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def config_of_dtype(config_json: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json whose weights are of that dtype, which may not be the one that they were read in: transformers goes by what it says."""
+    name = str(dtype).removeprefix("torch.")
+    return dict(config_json) | {key: name for key in ("dtype", "torch_dtype") if config_json.get(key)}
 
 
 def header_of(name: str, tensor: Tensor) -> TensorHeader:

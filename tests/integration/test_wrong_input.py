@@ -85,6 +85,13 @@ OVERRIDES = {
         ["rollout.mode=server", "rollout.servers=[http://a:1]", "rollout.max_staleness=1"],
         "rollout.max_staleness=1 needs objective.rollout_correction, the cap of the importance weight",
     ),
+    "ahead with a loss of one's own": (
+        [
+            *("rollout.mode=server", "rollout.servers=[http://a:1]", "rollout.max_staleness=1", "objective.rollout_correction=2.0"),
+            "objective.name=examples.own_objective:SequenceRatio",
+        ],
+        "rollout.max_staleness=1: it must be 0, as objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
+    ),
     "two steps ahead": (["rollout.max_staleness=2"], "rollout.max_staleness=2: input should be less than or equal to 1"),
     "too few prompts": (["data.limit=8"], "data.prompts_per_step=16: there are only 8 prompts; choose 8 or fewer"),
     "mini-batches": (["objective.mini_batch_prompts=5"], "objective.mini_batch_prompts=5 does not divide data.prompts_per_step=16"),

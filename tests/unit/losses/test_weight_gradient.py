@@ -19,6 +19,7 @@ from megatron_nsr.losses.shard import VocabularyShard
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.losses.weight_gradient import WeightGradient
 from megatron_nsr.models.backends import choose_backend
+from megatron_nsr.models.parallel import destroy_parallel
 from megatron_nsr.platform import distributed
 from tests.unit.losses.cases import ALL_TERMS, Case, random_case, reference_gradients, relative_error
 
@@ -148,9 +149,10 @@ def test_inside_a_recomputed_region_an_own_loss_adds_its_gradient_once(use_reent
 def one_rank() -> Iterator[None]:
     choose_backend("cpu")
     distributed.init_process_group()
+    destroy_parallel()  # what another test of this process left
     parallel_state.initialize_model_parallel()
     yield
-    parallel_state.destroy_model_parallel()
+    destroy_parallel()
     distributed.destroy()
 
 

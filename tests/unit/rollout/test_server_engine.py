@@ -12,7 +12,8 @@ import torch
 from megatron_nsr.rollout import server_engine, vllm_api
 from megatron_nsr.rollout.engine import RolloutsLost, SampleRequest, Sampling
 from megatron_nsr.rollout.server_client import Server, ServerError
-from megatron_nsr.rollout.server_engine import ServerEngine
+from megatron_nsr.rollout.server_engine import Fits, ServerEngine
+from megatron_nsr.types import UserError
 
 NAMES = frozenset({"model.embed_tokens.weight", "lm_head.weight", "a", "b"})
 MIB = 1 << 20
@@ -42,7 +43,7 @@ class FakeServer(Server):
     async def workers(self, session: Any, method: str, *arguments: Any, timeout_s: float = 0.0) -> list[Any]:
         self._called(method)
         if method == "nsr_label":
-            (self.version,) = arguments
+            self.version = None if arguments[0] is None else int(arguments[0].partition(":")[2])
         if method == "nsr_checksums":
             return [{"held": [["a", 0, 0, 5], ["b", 0, 2, -7]]}, {"held": []}]
         return [{"identity": self.name, "max_num_seqs": 4}] * 2
@@ -58,8 +59,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_engine, "RESET_PAUSE_S", 0.0)
 
 
-def engine(*servers: Server, tied: bool = True, speaks: bool = True) -> ServerEngine:
-    return ServerEngine(servers, names=NAMES, tied=tied, vocabulary=4, dtype=torch.float32, bucket_bytes=MIB, timeout_s=0.0, speaks=speaks)
+def engine(
+    *servers: Server, tied: bool = True, speaks: bool = True, fits: Fits = lambda server, workers: None, timeout_s: float = 0.0
+) -> ServerEngine:
+    settings: dict[str, Any] = {"vocabulary": 4, "dtype": torch.float32, "bucket_bytes": MIB, "timeout_s": timeout_s}
+    return ServerEngine(servers, names=NAMES, tied=tied, speaks=speaks, fits=fits, **settings)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -131,6 +135,49 @@ def test_checksums_of_all_workers_of_all_servers_are_compared() -> None:
     pushing.load_weights(iter(weights().items()), 1)
     worker = {("a", 0, 0): 5, ("b", 0, 2): -7}
     assert pushing.held_checksums() == [worker, {}, worker, {}]
+
+
+def test_a_server_that_is_lost_while_it_is_compared_is_told_when_something_is_sampled() -> None:
+    pushing = engine(FakeServer("s", fails="nsr_checksums"))
+    pushing.load_weights(iter(weights().items()), 1)
+    assert pushing.version == 1 and pushing.held_checksums() == [] and pushing.version is None
+    with pytest.raises(RolloutsLost, match=r"^s: lost at nsr_checksums"):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+
+
+def test_a_server_of_another_config_is_left_out_and_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    other, right = FakeServer("other"), FakeServer("right")
+
+    def fits(server: Server, workers: Any) -> None:
+        if server is other:
+            raise UserError("other: it was started with model.dtype bfloat16, not float32")
+
+    pushing = engine(other, right, fits=fits)
+    for version in (1, 2):
+        pushing.load_weights(iter(weights().items()), version)
+    assert (other.version, right.version) == (-1, 2)
+    assert capsys.readouterr().out == "other: it was started with model.dtype bfloat16, not float32; left out until a later push\n"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_that_may_still_come_is_waited_for_whatever_another_answers(order: int) -> None:
+    late, broken = FakeServer("late"), FakeServer("broken")
+    tries = []
+
+    async def workers(session: Any, method: str, *arguments: Any, timeout_s: float = 0.0) -> list[Any]:
+        tries.append(method)
+        if len(tries) < 3:
+            raise ServerError(late, "ClientConnectorError")
+        return await FakeServer.workers(late, session, method, *arguments)
+
+    def refuse(server: Server, _: Any) -> None:
+        if server is broken:
+            raise UserError("broken: another config")
+
+    late.workers = workers  # type: ignore[method-assign]
+    pushing = engine(*(late, broken)[::order], fits=refuse, timeout_s=30.0)
+    pushing.load_weights(iter(weights().items()), 1)
+    assert pushing.version == late.version == 1 and len(tries) > 3
 
 
 def test_a_rank_that_does_not_speak_consumes_what_is_pushed_and_samples_nothing() -> None:

@@ -15,6 +15,7 @@ from megatron_nsr.rollout.server_client import Held, Server, ServerError
 from megatron_nsr.rollout.server_engine import Member
 from megatron_nsr.rollout.server_sampling import sample_on_servers
 
+LOST = r"^a: (was started again and has lost its weights|holds other weights: another run uses it, too)$"
 SAMPLING = Sampling(temperature=1.0, max_tokens=4, stop_ids=())
 REQUESTS = [SampleRequest((i,), seed=100 * i, n=2) for i in range(12)]
 
@@ -35,7 +36,7 @@ class FakeServer(Server):
         return [Completion(np.array([request.prompt_ids[0], i], np.int32), np.zeros(2, np.float32), "length") for i in range(request.n)]
 
     async def held(self, session: Any) -> Held:
-        answer = self.life.pop(0) if self.life else Held(self.name, 7)
+        answer = self.life.pop(0) if self.life else Held(self.name, "7")
         if isinstance(answer, ServerError):
             raise answer
         return answer
@@ -43,7 +44,7 @@ class FakeServer(Server):
 
 def sample(*servers: FakeServer, max_num_seqs: int = 2, timeout_s: float = 0.0) -> list[list[int]]:
     members = [Member(server, server.name, 1, max_num_seqs) for server in servers]
-    return [c.token_ids.tolist() for c in asyncio.run(sample_on_servers(members, 7, REQUESTS, SAMPLING, timeout_s))]
+    return [c.token_ids.tolist() for c in asyncio.run(sample_on_servers(members, "7", REQUESTS, SAMPLING, timeout_s))]
 
 
 def unreachable(server: FakeServer) -> ServerError:
@@ -105,8 +106,26 @@ def test_what_a_lost_server_had_goes_to_the_others(number: int) -> None:
 
 def test_a_server_that_answers_with_an_error_is_left_out_at_once() -> None:
     broken = FakeServer("a", refuses)
-    broken.held = None  # type: ignore[assignment, method-assign]  # not asked whether it is there
-    assert sample(broken, FakeServer("b")) == EVERYTHING
+    broken.life = [Held("a", "7"), ServerError(broken, "asked again")]
+    assert sample(broken, FakeServer("b")) == EVERYTHING and len(broken.life) == 1
+
+
+def test_a_server_that_was_started_again_since_the_push_gives_nothing() -> None:
+    again = FakeServer("a")
+    again.life = [Held("another process", None)]
+    assert sample(again, FakeServer("b")) == EVERYTHING and again.asked == 0
+
+
+@pytest.mark.parametrize("held", [Held("another process", None), Held("a", "another run:7")])
+def test_what_a_server_gave_before_it_was_found_with_other_weights_is_sampled_again(held: Held) -> None:
+    changed, right = FakeServer("a"), FakeServer("b")
+    changed.life = [Held("a", "7"), held]  # asked before the first response and after the last
+    assert sample(changed, right) == EVERYTHING
+    assert changed.asked and right.asked == len(REQUESTS)
+    alone = FakeServer("a")
+    alone.life = [Held("a", "7"), held]
+    with pytest.raises(RolloutsLost, match=LOST):
+        sample(alone)
 
 
 def test_an_interrupted_connection_is_made_again() -> None:
@@ -119,11 +138,11 @@ def test_a_server_that_is_back_after_a_while_with_its_weights_goes_on(monkeypatc
     assert sample(server, timeout_s=60) == EVERYTHING
 
 
-@pytest.mark.parametrize("life", [Held("another", None), Held("another", 7), Held("a", None), Held("a", 6)])
+@pytest.mark.parametrize("life", [Held("another", None), Held("another", "7"), Held("a", None), Held("a", "6")])
 def test_a_server_that_was_started_again_or_has_other_weights_is_lost(life: Held) -> None:
     server = FakeServer("a", interrupted_at(2))
-    server.life = [life]
-    with pytest.raises(RolloutsLost, match=r"^a: was started again and has lost its weights$"):
+    server.life = [Held("a", "7"), life]
+    with pytest.raises(RolloutsLost, match=LOST):
         sample(server)
 
 

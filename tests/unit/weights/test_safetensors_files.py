@@ -12,6 +12,7 @@ from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.loading import random_hf_tensors
 from megatron_nsr.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory, write_hf_directory
+from megatron_nsr.weights.safetensors_writing import config_of_dtype
 from tests.tiny_models import tiny_config
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.zeros(1)}
@@ -118,3 +119,11 @@ def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json is no index"):
         SafetensorsDirectory(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_an_exported_config_says_the_dtype_of_its_weights(key: str) -> None:
+    """transformers loads weights in what config.json says: fp32 weights under "bfloat16" would be rounded silently."""
+    config = {"hidden_size": 8, key: "bfloat16"}
+    assert config_of_dtype(config, torch.float32) == {"hidden_size": 8, key: "float32"}
+    assert config_of_dtype({"hidden_size": 8, key: None}, torch.float32) == {"hidden_size": 8, key: None}
