@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint format quickstart quickstart-base bench-deps clean
+.PHONY: help install test test-vllm-0.26 lint format quickstart quickstart-base bench-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,16 +20,21 @@ TAG := $(shell $(PYTHON) -c '$(TAG_PROGRAM)' 2>/dev/null)
 INSTALLED := $(VENV)/.installed-$(TAG)
 TEST_INSTALLED := $(VENV)/.test-installed-$(TAG)
 PEERS := $(VENV)/bench-peers
+OLD_VENV := .venv-vllm-0.26
+OLD_INSTALLED := $(OLD_VENV)/.installed-$(TAG)
 LOCKS := requirements/cpu-torch.lock $(wildcard requirements/cpu-$(TAG).lock)
 
 # Debian's Python has venv without ensurepip unless python3-venv is installed; its own pip can fill such an environment.
-MAKE_VENV := $(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
-  $(PYTHON) -m pip --python $(BIN)/python install -qq --disable-pip-version-check pip; }
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+MAKE_VENV = $(call make_venv,$(VENV))
+make_venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(1) && \
+  $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-version-check pip; }
+PIP_OPTIONS := install -qq --disable-pip-version-check --no-input
+PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
+OLD_PIP := $(OLD_VENV)/bin/python -m pip $(PIP_OPTIONS)
 TORCH_SOURCE := $(if $(TORCH_WHEELS),$(if $(findstring ://,$(TORCH_WHEELS)),--extra-index-url,--find-links) "$(TORCH_WHEELS)")
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@echo "  variables: PYTHON=python3.11 (or 3.12); TORCH_WHEELS=folder, wheel or index with torch's CPU build (saves 3 GB)"
 
 install: $(INSTALLED) ## make .venv from the lock files (reused while they do not change)
@@ -53,8 +58,23 @@ $(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
 	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
 	@touch $@
 
+# Unit tests are processes of one thread; the others start several processes themselves.
 test: $(TEST_INSTALLED) ## run all tests
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/distributed tests/integration
+
+test-vllm-0.26: $(TEST_INSTALLED) $(OLD_INSTALLED) ## the rollout server tests with servers of vLLM 0.26 and torch 2.11
+	MEGATRON_NSR_SERVER_PYTHON=$(CURDIR)/$(OLD_VENV)/bin/python $(BIN)/python -m pytest tests/integration/test_rollout_servers.py
+
+# The pinned packages of .venv, those of vllm-0.26.lock in their place.
+$(OLD_INSTALLED): $(LOCKS) requirements/vllm-0.26-torch.lock requirements/vllm-0.26.lock
+	@$(call make_venv,$(OLD_VENV))
+	@awk -F== 'NR == FNR { new[$$1] } NR == FNR || !($$1 in new)' requirements/vllm-0.26.lock requirements/cpu-$(TAG).lock > $(OLD_VENV)/merged.lock
+	@echo "Installing torch for vLLM 0.26 (1 of 2) ..."
+	@$(OLD_PIP) $(TORCH_SOURCE) -c $(OLD_VENV)/merged.lock -r requirements/vllm-0.26-torch.lock
+	@echo "Installing the pinned packages for vLLM 0.26 (2 of 2) ..."
+	@$(OLD_PIP) --no-deps -r $(OLD_VENV)/merged.lock
+	@touch $@
 
 lint: $(TEST_INSTALLED) ## ruff, its formatter in checking mode, mypy
 	@status=0; \
@@ -84,5 +104,5 @@ $(PEERS)/.installed-$(TAG): $(INSTALLED) $(wildcard requirements/bench-$(TAG).lo
 	@touch $@
 
 clean: ## remove .venv, caches and build output (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,6 +49,27 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="address to listen on; whoever reaches it can change the weights")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on", min=1, max=65535)] = 8000,
+) -> None:
+    """A rollout server of the config's model for runs with rollout.mode=server, until it is stopped."""
+
+    def work() -> int:
+        from megatron_nsr.config import load_config
+
+        settings = load_config(config, overrides)
+        from megatron_nsr.rollout.serve import serve as become_server
+
+        become_server(settings, host=host, port=port)
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Pass@k of model.path (a Hugging Face directory or a checkpoint) on evaluation.benchmarks, to RUN/eval/step_N.json."""
 

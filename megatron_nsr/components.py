@@ -23,8 +23,8 @@ from megatron_nsr.objectives.objective import Objective, OwnLoss
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
+from megatron_nsr.rollout.engines import build_engine, check_engine, engine_ranks
 from megatron_nsr.rollout.rollouts import Rollouts
-from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.setup import build_actor, require_weights, training_temperature
 from megatron_nsr.types import UserError
@@ -44,6 +44,7 @@ class Inputs:
     sampler: PromptSampler | None  # of `train`
     benchmarks: dict[str, PromptSet]
     objective: Objective | None  # None: supervised
+    server_weights: frozenset[str]  # HF names; empty where the engine is no server
 
 
 def read_inputs(config: Config, *, training: bool) -> Inputs:
@@ -51,9 +52,8 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     shape = read_model_shape(config.model.path)
     world_size = distributed.launched_world_size()
     validate_layout(config.parallel, shape, world_size)
-    if config.training.router_aux_loss and shape.moe is None:
-        raise UserError(f"training.router_aux_loss={config.training.router_aux_loss}: the model has no experts; it must be 0")
-    check_tensor_parallel(config.rollout.tensor_parallel, world_size=world_size, attention_heads=shape.heads)
+    if config.objective.router_aux_loss and shape.moe is None:
+        raise UserError(f"objective.router_aux_loss={config.objective.router_aux_loss}: the model has no experts; it must be 0")
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
@@ -72,6 +72,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
         if path is not None
     }
     _check_lengths(config, shape.max_positions, train, benchmarks)
+    samples = objective is not None or bool(benchmarks)
     return Inputs(
         shape=shape,
         tokenizer=tokenizer,
@@ -80,6 +81,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
         sampler=sampler,
         benchmarks=benchmarks,
         objective=objective,
+        server_weights=check_engine(config, shape, world_size=world_size, samples=samples),
     )
 
 
@@ -146,28 +148,15 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
 
 
 def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
-    rollout = config.rollout
-    response = max(rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
-    engine = stack.enter_context(
-        VllmEngine(
-            config.model.path,
-            dtype=config.model.dtype,
-            max_model_len=min(config.data.max_prompt_tokens + response, inputs.shape.max_positions),
-            max_num_seqs=rollout.max_num_seqs,
-            kv_cache_mib=rollout.kv_cache_mib,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            enforce_eager=rollout.enforce_eager,
-            tensor_parallel=rollout.tensor_parallel,
-        )
-    )
+    engine = stack.enter_context(build_engine(config, inputs.shape, inputs.server_weights))
     return Rollouts(
         engine,
         inputs.tokenizer.decode,
         run_seed=config.run.seed,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        engine_ranks=rollout.tensor_parallel,
-        verify_push=rollout.verify_push,
+        engine_ranks=engine_ranks(config, distributed.world_size()),
+        verify_push=config.rollout.verify_push,
     )
 
 

@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+Address = Annotated[str, Field(pattern=r"^https?://[^/\s:]+:[0-9]+/?$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -69,10 +70,20 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
+    mode: Literal["colocated", "server"] = Field("colocated", description="engine in the training processes, or servers of its own")
+    servers: list[Address] = Field(
+        default_factory=list, description="servers of `megatron-nsr serve`, as [http://host:8000]; for mode=server"
+    )
+    server_timeout_s: PositiveFloat = Field(
+        300.0, description="how long servers that cannot be reached are waited for, seconds: at the start, and where none is left"
+    )
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = Field(
+        0, description="1: a step's responses are drawn while the step before trains, from weights one step older; for mode=server"
+    )
     samples_per_prompt: Positive = Field(8, description="responses a prompt")
     max_response_tokens: Positive = Field(3072, description="response budget, tokens")
     temperature: PositiveFloat = Field(1.0, description="sampling temperature; training samples use neither top-p nor top-k")
-    tensor_parallel: Positive = Field(1, description="ranks that host one engine together")
+    tensor_parallel: Positive = Field(1, description="ranks that host one engine together; with mode=server, workers of each server")
     max_num_seqs: Positive = Field(256, description="sequences the engine runs at once")
     kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
@@ -117,6 +128,9 @@ class ObjectiveConfig(Section):
         "batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches"
     )
     mini_batch_prompts: Positive = Field(256, description="prompts an optimizer step")
+    router_aux_loss: NonNegativeFloat = Field(
+        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
+    )
     dropped_share: Fraction = Field(0.1, description="share of dropped samples on which entropy and log-prob gap are measured all the same")
 
 
@@ -134,9 +148,6 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
-    router_aux_loss: NonNegativeFloat = Field(
-        0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
-    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
     )
@@ -150,6 +161,9 @@ class CheckpointConfig(Section):
     every: Positive = Field(10, description="steps between checkpoints; one is always written at the end and on SIGTERM")
     keep: Positive = Field(2, description="checkpoints kept")
     export_hf: bool = Field(True, description="also write the final policy as an HF directory, RUN/hf")
+    export_every: NonNegative = Field(
+        0, description="steps between policies that are kept as HF directories, RUN/exports/step_N; 0 keeps none"
+    )
 
 
 class EvaluationConfig(Section):
@@ -210,6 +224,7 @@ class Config(Section):
             )
         if objective.dual_clip is not None and objective.form != "clipped":
             raise ValueError(f"objective.dual_clip={objective.dual_clip} bounds the ratio of form=clipped, and form is {objective.form}")
+        self._consistent_servers()
         if objective.rollout_correction is not None and objective.name == "supervised":
             raise ValueError(f"objective.rollout_correction={objective.rollout_correction} needs rollouts, and name=supervised has none")
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
@@ -220,6 +235,24 @@ class Config(Section):
             low, high = self.optimizer.min_learning_rate, self.optimizer.learning_rate
             raise ValueError(f"optimizer.min_learning_rate={low} is above optimizer.learning_rate={high}")
         return self
+
+    def _consistent_servers(self) -> None:
+        rollout, correction = self.rollout, self.objective.rollout_correction
+        if rollout.mode == "server" and not rollout.servers:
+            raise ValueError("rollout.servers: rollout.mode=server needs at least one; start it with `megatron-nsr serve CONFIG`")
+        if rollout.mode == "colocated" and rollout.servers:
+            raise ValueError("rollout.servers: rollout.mode=colocated uses none; set rollout.mode=server, or leave them out")
+        if len(set(rollout.servers)) < len(rollout.servers):
+            raise ValueError(f"rollout.servers={rollout.servers}: an address stands there twice")
+        if rollout.max_staleness and rollout.mode == "colocated":
+            raise ValueError("rollout.max_staleness=1 needs rollout.mode=server: an engine in the training process samples between steps")
+        if rollout.max_staleness and self.objective.name == "supervised":
+            raise ValueError("rollout.max_staleness=1 needs rollouts, and objective.name=supervised has none")
+        if rollout.max_staleness and correction is None:
+            raise ValueError(
+                "rollout.max_staleness=1 needs objective.rollout_correction, the cap of the importance weight of responses "
+                "that older weights drew; 2.0 is usual"
+            )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

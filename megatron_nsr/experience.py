@@ -36,6 +36,14 @@ class Experience:
 class ExperienceSource(Protocol):
     def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience: ...
 
+    def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
+        """Begins to sample for a later step's `collect`, from the engine's present weights."""
+        ...
+
+    def settle(self) -> None:
+        """Waits until what was begun is sampled."""
+        ...
+
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """The policy's metrics of the step as they are to be logged."""
         ...
@@ -68,7 +76,14 @@ class GradedRollouts:
         )
         kept = sum(len(mini_batch) for mini_batch in batch.mini_batches)
         metrics = {**verdict_metrics(verdicts, samples), **trajectory_metrics(trajectories), "policy/kept_ratio": kept / len(trajectories)}
+        metrics["rollout/staleness"] = float(np.mean([step - 1 - trajectory.weight_version for trajectory in trajectories]))
         return Experience(batch, trajectories, verdicts, metrics)
+
+    def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
+        self.rollouts.draw_ahead(prompts, step=step, samples=self.config.rollout.samples_per_prompt, sampling=self.sampling)
+
+    def settle(self) -> None:
+        self.rollouts.ahead.settle()
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         return metrics
@@ -85,6 +100,12 @@ class References:
         scales = token_scales(trajectories, trajectories, self.aggregation)
         samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
         return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
+
+    def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
+        """Nothing is sampled."""
+
+    def settle(self) -> None:
+        """Nothing is sampled."""
 
     def finish(self, metrics: dict[str, float]) -> dict[str, float]:
         """The loss is the mean negative log-prob; what compares with an engine or splits by sign has no meaning here."""

@@ -127,7 +127,8 @@ class Recorder:
     def check(self, metrics: dict[str, float], loggers: MetricLogger, step: int) -> None:
         """Raises RuntimeError where the log-prob gap of the step's rollouts is past its bound; the step's line is written first."""
         try:
-            check_gap(metrics, "rollout", self.config.rollout.max_logprob_gap)
+            if not metrics.get("rollout/staleness"):  # otherwise the policy has moved on since
+                check_gap(metrics, "rollout", self.config.rollout.max_logprob_gap)
         except RuntimeError:
             loggers.log(StepMetrics(step, metrics))
             raise
@@ -142,10 +143,10 @@ class Recorder:
             write_json(self.run.evaluation(evaluation.result["step"]), evaluation.result)
         return evaluation.metrics
 
-    def export_hf(self, parts: Components) -> None:
-        """Writes the policy to RUN/hf. A collective call."""
+    def export_hf(self, parts: Components, directory: Path) -> None:
+        """Writes the policy as a Hugging Face directory. A collective call."""
         source = Path(self.config.model.path)
         tensors = execute_push_plan(parts.push_plan, parts.actor.chunks)
         config_json = json.loads((source / "config.json").read_text())
-        write_hf_directory(self.run.hf, tensors, config_json, copy_from=source, writer=self.writes)
+        write_hf_directory(directory, tensors, config_json, copy_from=source, writer=self.writes)
         distributed.barrier()

@@ -5,8 +5,10 @@ May import: everything below it. One step reads top to bottom in `Trainer.train_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_nsr.clock import PhaseClock
 from megatron_nsr.components import Components, Inputs, build_components, read_inputs
@@ -19,10 +21,13 @@ from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state
+from megatron_nsr.rollout.engine import RolloutsLost
 from megatron_nsr.training.checkpoint_files import newest_checkpoint
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.schedule import learning_rate
-from megatron_nsr.types import StepMetrics
+from megatron_nsr.types import Prompt, StepMetrics
+
+Result = TypeVar("Result")
 
 
 def train(config: Config) -> Status:
@@ -60,17 +65,28 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
         self.recorder = Recorder(run, config)
         self.step = 0  # training steps completed
+        self.metrics: dict[str, float] = {}  # of the last of them
+        self.checkpointed = 0  # the step of the newest checkpoint
         self.unfinished: dict[str, float] | None = None  # metrics of a step that has a checkpoint, but neither evaluation nor log line yet
         self._resume()
 
     def run(self, loggers: MetricLogger) -> Status:
+        """Raises RolloutsLost where no rollout server is left, after a checkpoint of the last complete step."""
+        try:
+            return self._steps(loggers)
+        except RolloutsLost:
+            if self.checkpointed < self.step:
+                self._checkpoint(self.metrics)
+            raise
+
+    def _steps(self, loggers: MetricLogger) -> Status:
         device = self.parts.actor.groups.device
         self.parts.push(self.step)
         if self.unfinished is not None:
             self._finish_step(self.unfinished, loggers)
         interrupted = self.stop.agreed(device)
         while self.step < self.config.run.steps and not interrupted:
-            metrics = self.train_step()
+            self.metrics = metrics = self.train_step()
             self.recorder.check(metrics, loggers, self.step)
             interrupted = self.stop.agreed(device)
             if interrupted or self.step % self.config.checkpoint.every == 0 or self.step == self.config.run.steps:
@@ -80,32 +96,51 @@ class Trainer:
         if interrupted and (self.step < self.config.run.steps or self._evaluates(self.step)):
             return "stopped"
         if self.config.checkpoint.export_hf:
-            self.recorder.export_hf(self.parts)
+            self.recorder.export_hf(self.parts, self.run_directory.hf)
         return "done"
 
     def train_step(self) -> dict[str, float]:
         """One step on one batch of prompts; `self.step` counts it when it is complete."""
         clock, step = PhaseClock(), self.step + 1
-        prompts = [self.prompts[index] for index in self.sampler.next()]
-        experience = self.parts.source.collect(prompts, step, clock)
+        prompts = self._prompts(step)
+        experience = self._sampled(lambda: self.parts.source.collect(prompts, step, clock))
+        if self.config.rollout.max_staleness and step < self.config.run.steps:
+            self.parts.source.draw_ahead(self._prompts(step + 1), step + 1)
         with clock("old_logprobs"):
             prepared = self.parts.actor.prepare(experience.batch, step)
         with clock("update"):
             metrics = self.parts.actor.update(prepared, self._learning_rate(step))
+        if self.config.rollout.max_staleness:
+            with clock("rollout"):  # what training did not hide
+                self.parts.source.settle()
         with clock("weight_sync"):
             if self.parts.pushes_every_step:
                 metrics |= self.parts.push(step)
         self.step = step
+        self.sampler.next()  # only now: a step that is given up is drawn again
         self.recorder.keep_samples(step, prompts, experience)
         return self._step_metrics(self.parts.source.finish(metrics), experience, clock)
+
+    def _prompts(self, step: int) -> list[Prompt]:
+        return [self.prompts[index] for index in self.sampler.peek(step - self.step - 1)]
+
+    def _sampled(self, sample: Callable[[], Result]) -> Result:
+        """What `sample` draws; where all servers lost their weights, from those that answer once these were pushed again."""
+        try:
+            return sample()
+        except RolloutsLost:
+            self.parts.push(self.step)
+            return sample()
 
     def _evaluates(self, step: int) -> bool:
         every = self.config.evaluation.every
         return step == self.config.run.steps or (every > 0 and step % every == 0)
 
     def _finish_step(self, metrics: dict[str, float], loggers: MetricLogger) -> None:
-        """Evaluates where it is due, and writes the step's line."""
-        clock = PhaseClock()
+        """Exports and evaluates where it is due, and writes the step's line."""
+        clock, export_every = PhaseClock(), self.config.checkpoint.export_every
+        if export_every and self.step % export_every == 0:
+            self.recorder.export_hf(self.parts, self.run_directory.export(self.step))
         if self._evaluates(self.step):
             with clock("eval"):
                 metrics |= self.evaluate()
@@ -118,7 +153,8 @@ class Trainer:
             return {}
         if not self.parts.pushes_every_step:
             self.parts.push(self.step)
-        evaluation = self.parts.benchmarks.run(self.step, self.parts.actor)
+        benchmarks = self.parts.benchmarks
+        evaluation = self._sampled(lambda: benchmarks.run(self.step, self.parts.actor))
         check_gap(evaluation.metrics, "heldout", self.config.rollout.max_logprob_gap)
         return self.recorder.evaluation(evaluation)
 
@@ -149,7 +185,9 @@ class Trainer:
         actor, clock = self.parts.actor, PhaseClock()
         state = {"sampler": self.sampler.state(), "weight_version": self.step, "metrics": metrics}
         with clock("checkpoint"):
-            self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path))
+            ahead = self.parts.rollouts.ahead.state() if self.parts.rollouts else None
+            self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path), ahead)
+        self.checkpointed = self.step
         return {"time/checkpoint_s": clock.seconds["checkpoint"]}
 
     def _resume(self) -> None:
@@ -159,6 +197,9 @@ class Trainer:
         actor = self.parts.actor
         saved = self.checkpoints.load(latest, actor.wrapped, actor.optimizer, actor.backend)
         self.sampler.load_state(saved["sampler"])
-        self.step = saved["step"]
+        if self.parts.rollouts:
+            self.parts.rollouts.ahead.restore(saved["ahead"])
+        self.step = self.checkpointed = saved["step"]
+        self.metrics = saved["metrics"]
         if distributed.broadcast_object(last_step(self.run_directory.metrics)) < self.step:
             self.unfinished = saved["metrics"]

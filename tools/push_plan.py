@@ -18,7 +18,7 @@ from megatron_nsr.types import UserError
 from megatron_nsr.weights.push_plan import MIB, PushPlan, plan_push
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-WIDTH = 120  # where the output is no terminal
+WIDTH = 132  # where the output is no terminal
 
 
 def plan_of(config: Config, ranks: int) -> PushPlan:

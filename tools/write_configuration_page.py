@@ -32,11 +32,14 @@ Any field can be set behind the file's name; the last word wins:
 
 Checked over several fields: `objective.mini_batch_prompts` divides `data.prompts_per_step` (supervised runs apart);
 `parallel.virtual_pipeline` above 1 needs `parallel.pipeline` above 1; `parallel.sequence` needs `parallel.tensor` above 1;
-`optimizer.min_learning_rate` is at most `optimizer.learning_rate`. What depends on the model or the number of processes (heads that
-`parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) is checked before anything slow starts.
+`optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `rollout.mode=server` needs `rollout.servers`, and
+`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
+processes (heads that `parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) and what servers say of themselves
+is checked before anything slow starts.
 """
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+EMPTY: dict[str | None, Any] = {"array": [], "object": {}}  # defaults that the schema leaves out: made by a function
 NAMES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 
 
@@ -51,7 +54,7 @@ def _section(name: str, section: dict[str, Any], required: bool) -> str:
     needed = section.get("required", [])
     rows = [
         f"| `{field}` | {_type(entry)} | {'required' if field in needed else _value(entry['default'])} | {_cell(entry['description'])} |"
-        for field, entry in ((field, {"default": {}, **entry}) for field, entry in section["properties"].items())
+        for field, entry in ((field, {"default": EMPTY.get(entry.get("type")), **entry}) for field, entry in section["properties"].items())
     ]
     return "\n".join(
         [f"## {name}{' (required)' if required else ''}", "", "| field | type | default | meaning |", "|---|---|---|---|", *rows, ""]
@@ -68,6 +71,8 @@ def _type(entry: dict[str, Any]) -> str:
         return " or ".join(_type(choice) for choice in entry["anyOf"])
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
+    if entry["type"] == "array":
+        return f"list of {_type(entry['items'])}"
     if entry["type"] == "object":
         return f"mapping of text to {_type(entry['additionalProperties'])}"
     bounds = [f"{sign} {_number(entry[key])}" for key, sign in BOUNDS.items() if key in entry]

@@ -35,10 +35,15 @@ class PromptSampler:
 
     def next(self) -> list[int]:
         """The next batch of indices into the prompts."""
-        start = self._drawn % (self._count // self._batch) * self._batch
-        order = self._order_of(self.epoch)
+        batch = self.peek()
         self._drawn += 1
-        return [int(index) for index in order[start : start + self._batch]]
+        return batch
+
+    def peek(self, ahead: int = 0) -> list[int]:
+        """The batch that `next` returns after `ahead` more calls; counts nothing."""
+        epoch, place = divmod(self._drawn + ahead, self._count // self._batch)
+        order = self._order_of(epoch)
+        return [int(index) for index in order[place * self._batch : (place + 1) * self._batch]]
 
     def state(self) -> dict[str, int | bool]:
         """What `load_state` needs; JSON-able."""

@@ -5,6 +5,8 @@ May import: megatron.core, platform, config, types.
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 
@@ -53,24 +55,35 @@ def _validate_experts(parallel: ParallelConfig, moe: MixtureOfExperts | None, st
 def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size: int, seed: int) -> None:
     """Validates the layout, builds the process groups and seeds megatron-core's random states.
 
-    torch.distributed must be initialised (platform.distributed). Called again it replaces the earlier layout.
+    torch.distributed must be initialised (platform.distributed). Called again it replaces the earlier layout, unless that is the same.
     """
     validate_layout(parallel, shape, world_size)
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not torch.cuda.is_available():
         cpu_patches.install()  # the random states below are the CPU generator's
-    destroy_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
-    )
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        "expert_model_parallel_size": parallel.expert,
+    }
+    _build_groups(sizes)
     model_parallel_cuda_manual_seed(seed)
+
+
+_built: list[dict[str, int | None]] = []  # the sizes of the groups that exist, if any do
+
+
+def _build_groups(sizes: dict[str, int | None]) -> None:
+    from megatron.core import parallel_state
+
+    if _built == [sizes] and parallel_state.model_parallel_is_initialized():
+        return
+    destroy_parallel()
+    minutes = int(TIMEOUT.total_seconds() // 60)
+    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1, distributed_timeout_minutes=minutes)
+    _built[:] = [sizes]
 
 
 def destroy_parallel() -> None:
@@ -86,3 +99,5 @@ def destroy_parallel() -> None:
     for group in groups:
         if group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
+    del groups
+    gc.collect()  # a group's threads end with the last reference to it, and models hold some in cycles

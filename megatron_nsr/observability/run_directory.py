@@ -22,6 +22,9 @@ MAY_CHANGE = frozenset(
     {
         "run.dir",  # the directory may have moved
         "run.steps",
+        "rollout.mode",
+        "rollout.servers",
+        "rollout.server_timeout_s",
         "rollout.max_num_seqs",
         "rollout.kv_cache_mib",
         "rollout.gpu_memory_utilization",
@@ -75,6 +78,10 @@ class RunDirectory:
     def hf(self) -> Path:
         """The final policy as a Hugging Face directory."""
         return self.path / "hf"
+
+    def export(self, step: int) -> Path:
+        """The policy after a step as a Hugging Face directory."""
+        return self.path / "exports" / f"step_{step}"
 
     @property
     def checkpoints(self) -> Path:

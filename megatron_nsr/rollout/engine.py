@@ -13,6 +13,11 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+
+class RolloutsLost(RuntimeError):
+    """No engine is left that holds the weights: they must be pushed again before anything is sampled. Raised on every rank alike."""
+
+
 Region = tuple[str, int, int]  # part of a weight: HF name, the first row and the first column of the whole tensor in it
 
 
@@ -71,7 +76,8 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[SampleRequest], sampling: Sampling) -> list[Completion]:
         """Samples; returns the responses of the first request in the order of their seeds, then the second's, and so on.
 
-        Raises RuntimeError before the first push. The caller's random state is left as it was.
+        Raises RuntimeError before the first push (RolloutsLost where another push may help). The caller's random state is left
+        as it was.
         """
         ...
 
@@ -84,8 +90,11 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def held_checksums(self) -> dict[Region, int]:
-        """Checksums (weights.checksums), in `dtype`, of the parts of all weights that this rank computes with, read from where it does."""
+    def held_checksums(self) -> list[dict[Region, int]]:
+        """Checksums (weights.checksums), in `dtype`, of the parts of all weights that this rank computes with, read from where it does.
+
+        One mapping for each process that computes and that this rank speaks for: its own, or the workers of servers.
+        """
         ...
 
     def close(self) -> None:

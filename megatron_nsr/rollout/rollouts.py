@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_nsr.platform.distributed import TIMEOUT
-from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
+from megatron_nsr.rollout.ahead import Ahead
+from megatron_nsr.rollout.engine import Completion, RolloutEngine, RolloutsLost, SampleRequest, Sampling
 from megatron_nsr.rollout.held_weights import wrong_tensors
 from megatron_nsr.rollout.pushed_weights import few
 from megatron_nsr.rollout.seeds import Purpose, sample_seed
@@ -43,6 +44,7 @@ class Rollouts:
         verify_push: Verification = "first",
     ) -> None:
         self._engine = engine
+        self.ahead = Ahead(engine)
         self._decode = tokenizer_decode
         self._run_seed = run_seed
         self._engines = world_size // engine_ranks
@@ -56,22 +58,46 @@ class Rollouts:
         """Samples `samples` responses a prompt; the list is ordered by (prompt, sample) and the same on every rank.
 
         Seeds derive from (run seed, step, prompt id, sample, purpose), so the tokens do not depend on the number of engines.
+        What `draw_ahead` drew for these prompts is returned instead of being drawn again. Raises RolloutsLost on every rank
+        where an engine lost its weights.
         """
-        mine = range(self._engine_index, len(prompts), self._engines)
-        requests = [
-            SampleRequest(prompts[i].token_ids, sample_seed(self._run_seed, step, prompts[i].id, 0, purpose=purpose), samples) for i in mine
-        ]
-        completions = self._engine.generate(requests, sampling)
-        version = self._engine.version
-        assert version is not None  # generate raises without weights
+        requests = self._requests(prompts, step, samples, purpose)
+        lost: list[RolloutsLost] = []
         sampled: list[Trajectory] = []
-        if self._speaks_for_engine:
-            slots = ((prompt, sample) for prompt in mine for sample in range(samples))
-            sampled = [
-                self._trajectory(prompts[prompt], prompt, sample, completion, version)
-                for (prompt, sample), completion in zip(slots, completions, strict=True)
-            ]
+        try:
+            sampled = self._sample(prompts, requests, sampling)
+        except RolloutsLost as error:
+            lost = [error]
+        if lost := self._gather(lost):
+            raise lost[0]
         return sorted(self._gather(sampled), key=lambda trajectory: (trajectory.prompt, trajectory.sample))
+
+    def draw_ahead(self, prompts: Sequence[Prompt], *, step: int, samples: int, sampling: Sampling) -> None:
+        """Begins to sample for a later step's `generate` with purpose "train", beside whatever the caller does next.
+
+        From the weights that the engine has now: the next push waits until it is done.
+        """
+        self.ahead.start(list(self._requests(prompts, step, samples, "train").values()), sampling)
+
+    def _requests(self, prompts: Sequence[Prompt], step: int, samples: int, purpose: Purpose) -> dict[int, SampleRequest]:
+        """By the prompt's index: this engine's share."""
+        mine = range(self._engine_index, len(prompts), self._engines)
+        seeds = {i: sample_seed(self._run_seed, step, prompts[i].id, 0, purpose=purpose) for i in mine}
+        return {i: SampleRequest(prompts[i].token_ids, seed, samples) for i, seed in seeds.items()}
+
+    def _sample(self, prompts: Sequence[Prompt], requests: Mapping[int, SampleRequest], sampling: Sampling) -> list[Trajectory]:
+        asked = list(requests.values())
+        drawn = self.ahead.take(asked, sampling)
+        completions = drawn.completions if drawn else self._engine.generate(asked, sampling)
+        version = drawn.version if drawn else self._engine.version
+        if not self._speaks_for_engine:
+            return []
+        assert version is not None  # generate raises without weights
+        slots = ((prompt, sample) for prompt, request in requests.items() for sample in range(request.n))
+        return [
+            self._trajectory(prompts[prompt], prompt, sample, completion, version)
+            for (prompt, sample), completion in zip(slots, completions, strict=True)
+        ]
 
     def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, checksums: Checksums) -> int:
         """Gives this rank's engine new weights under their HF names, and returns their bytes; see RolloutEngine.load_weights.
@@ -79,25 +105,28 @@ class Rollouts:
         checksums: gives the policy's, by HF name, in a dtype (weights.checksums); called, by all ranks, where the push is verified.
         Raises RuntimeError on every rank where any engine does not hold what the policy holds.
         """
+        self.ahead.settle()
         pushed_bytes = self._engine.load_weights(tensors, version)
         if self._verify_push == "always" or (self._verify_push == "first" and not self._verified):
-            self._verify(version, checksums(self._engine.dtype))
-            self._verified = True
+            self._verified |= self._verify(version, checksums(self._engine.dtype))
         return pushed_bytes
 
-    def _verify(self, version: int, policy: Mapping[str, int]) -> None:
-        held = self._gather([(self._engine_index, self._engine.held_checksums())])
+    def _verify(self, version: int, policy: Mapping[str, int]) -> bool:
+        """Whether there was something to compare: servers may all be gone for the moment."""
+        held = self._gather([(self._engine_index, sums) for sums in self._engine.held_checksums()])
         mine = wrong_tensors(policy, [sums for engine, sums in held if engine == self._engine_index])
-        found = self._gather([(self._engine_index, name) for name in mine])
+        found = self._gather([(self._engine_index, name) for name in mine if held])
         if found:
             engines, names = (sorted(set(column)) for column in zip(*found, strict=True))
             raise RuntimeError(
                 f"push of version {version}: {len(names)} tensors in rollout engine {', '.join(map(str, engines))} are not "
                 f"those of the policy: {few(names)}"
             )
+        return bool(held)
 
     def close(self) -> None:
         """Closes the engine."""
+        self.ahead.close()
         self._engine.close()
 
     def __enter__(self) -> Self:

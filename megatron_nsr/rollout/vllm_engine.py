@@ -13,18 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_nsr.rollout.engine import Completion, Region, SampleRequest, Sampling
 from megatron_nsr.rollout.held_weights import HeldPart, held_checksums, held_parts
 from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
+from megatron_nsr.rollout.vllm_api import read_completion, sampling_fields
 from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
 from megatron_nsr.rollout.vllm_experts import repack_at_next_reload
+from megatron_nsr.rollout.vllm_options import cpu_options
 from megatron_nsr.types import UserError
-
-CPU_BATCHED_TOKENS = 4096  # tokens of one forward pass
 
 
 def check_tensor_parallel(tensor_parallel: int, *, world_size: int, attention_heads: int) -> None:
@@ -65,7 +64,7 @@ class VllmEngine:
         self._distributed = dist.is_initialized()
         world_size = dist.get_world_size() if self._distributed else 1
         check_tensor_parallel(tensor_parallel, world_size=world_size, attention_heads=config.num_attention_heads)
-        prepare_environment(on_cpu=on_cpu)
+        prepare_environment(on_cpu=on_cpu, in_process=True)
         from vllm import LLM
 
         # vLLM's CPU backend repacks the head's weight; a reload renews the embedding but not the packed copy of a tied head
@@ -75,7 +74,7 @@ class VllmEngine:
             "hf_overrides": {"tie_word_embeddings": False} if self._copy_embedding else None,
             "kv_cache_memory_bytes": kv_cache_mib * 2**20 if kv_cache_mib else None,
             "distributed_executor_backend": "external_launcher" if world_size > 1 else None,
-            **(_cpu_options(max_model_len) if on_cpu else {"enforce_eager": enforce_eager}),
+            **(cpu_options(max_model_len) if on_cpu else {"enforce_eager": enforce_eager}),
         }
         gc.freeze()  # vLLM collects garbage seven times while it starts; looking through all that is imported takes 0.3 s each time
         with caller_state_kept(), private_shared_memory() if on_cpu and tensor_parallel > 1 else nullcontext():
@@ -145,10 +144,10 @@ class VllmEngine:
         self._version = version
         return pushed.bytes
 
-    def held_checksums(self) -> dict[Region, int]:
+    def held_checksums(self) -> list[dict[Region, int]]:
         """See RolloutEngine."""
         held: dict[Region, int] = self._llm.apply_model(partial(held_checksums, parts=self._parts, dtype=self._dtype))[0]
-        return held
+        return [held]
 
     def close(self) -> None:
         """Frees the engine; a second call does nothing. A process group that existed before the engine stays usable."""
@@ -165,33 +164,10 @@ class VllmEngine:
 
 
 def vllm_sampling_params(request: SampleRequest, sampling: Sampling) -> Any:
-    """vLLM's SamplingParams of one request, every parameter that shapes the distribution explicit."""
+    """vLLM's SamplingParams of one request."""
     from vllm import SamplingParams
 
-    return SamplingParams(
-        n=request.n,
-        seed=request.seed,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        max_tokens=sampling.max_tokens,
-        min_tokens=0,
-        stop_token_ids=list(sampling.stop_ids),
-        ignore_eos=True,  # the stop ids alone end a response, not what the model's config calls its end
-        detokenize=False,
-        logprobs=0,  # of the sampled id only
-        flat_logprobs=True,  # plain lists instead of a dict and an object a token: 5 % of a small model's CPU time
-    )
-
-
-def _cpu_options(max_model_len: int) -> dict[str, Any]:
-    # A prompt split over two passes makes vLLM turn back the generator of a seeded request, which raises on CPU: "CPU Generator
-    # does not use offset" (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync, 0.32.0). So prompts are never split.
-    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len)}
+    return SamplingParams(**sampling_fields(request, sampling))
 
 
 def _checkpoint_names(model: torch.nn.Module) -> frozenset[str]:
@@ -207,10 +183,4 @@ def _packed(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _completion(output: Any) -> Completion:
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}, not with stop or length")
-    logprobs = np.asarray(output.logprobs.logprobs, dtype=np.float32)
-    token_ids = np.asarray(output.token_ids, dtype=np.int32)
-    if len(logprobs) != len(token_ids):
-        raise RuntimeError(f"vLLM returned {len(logprobs)} log-probs for {len(token_ids)} tokens")
-    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=output.finish_reason)
+    return read_completion(output.token_ids, output.logprobs.logprobs, output.finish_reason)

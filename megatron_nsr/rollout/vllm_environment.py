@@ -19,15 +19,19 @@ import torch
 import torch.distributed as dist
 
 
-def prepare_environment(*, on_cpu: bool) -> None:
+def prepare_environment(*, on_cpu: bool, in_process: bool) -> None:
     """Sets vLLM's environment variables; it reads them at its import, so this comes first. A user's own choice wins where it can."""
-    # the engine runs in this process: weights are handed over as tensors, and ranks that share an engine need it (external_launcher)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if in_process:  # weights are handed over as tensors, and ranks that share an engine need it (external_launcher)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    else:
+        os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the endpoints through which weights come
     # no telemetry: vLLM would report each start over the network
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # its start-up lines (about 60 a rank) would bury the run's own log
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if on_cpu:
+        # a server would bind itself to the first cores, and so would the next one on the same host
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # otherwise the first generate with log-probs compiles a counting helper for 3 to 10 s (vllm/v1/sample/ops/logprobs.py, 0.32.0)
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         if "torch._dynamo" in sys.modules:  # imported earlier: the variable comes too late for it

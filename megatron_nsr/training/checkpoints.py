@@ -4,6 +4,7 @@ May import: platform, types, megatron-core, the rest of training. Layout of RUN/
 
     step_N/state/      weights and optimizer, megatron-core's torch_dist format: loads at any parallel layout
     step_N/rng/        one file a rank: generators of torch, numpy, python and megatron-core
+    step_N/ahead.pt    responses that were drawn ahead for the next step (rollout.max_staleness=1)
     step_N/run.json    format, step, sampler state, weight version, number of ranks, and the size of every other file
     step_N/*           config.json and tokenizer of the model, so that the folder can stand as `model.path`
     latest             a link to the newest complete step_N
@@ -40,6 +41,7 @@ from megatron_nsr.types import UserError
 EXTRA_STATE = "_extra_state"
 # What torch and megatron-core raise for broken files; the first is no Exception, and holds each rank's own.
 DAMAGE = (CheckpointException, CheckpointingException, pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, ValueError)
+AHEAD_FILE = "ahead.pt"
 
 
 class Checkpoints:
@@ -54,9 +56,16 @@ class Checkpoints:
         return found
 
     def save(
-        self, step: int, run_state: Mapping[str, Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, model_files: Path
+        self,
+        step: int,
+        run_state: Mapping[str, Any],
+        wrapped: Sequence[Any],
+        optimizer: Any,
+        backend: Backend,
+        model_files: Path,
+        ahead: Any = None,
     ) -> None:
-        """Writes step_N under another name, renames it when complete, then moves `latest`."""
+        """Writes step_N under another name, renames it when complete, then moves `latest`. ahead: rank 0's, picklable."""
         partial, final = self.directory / f".partial-step_{step}", self.directory / f"step_{step}"
         if distributed.rank() == 0:
             for left in self.directory.glob(".partial-*"):  # by a killed run
@@ -68,6 +77,8 @@ class Checkpoints:
         save_state(partial / "state", wrapped, optimizer, backend)
         distributed.barrier()
         if distributed.rank() == 0:
+            if ahead is not None:
+                torch.save(ahead, partial / AHEAD_FILE)
             shutil.copyfile(model_files / "config.json", partial / "config.json")
             copy_tokenizer(model_files, partial)
             description = {
@@ -84,7 +95,7 @@ class Checkpoints:
         distributed.barrier()
 
     def load(self, path: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> dict[str, Any]:
-        """Restores weights, optimizer and generators; returns what `save` was given as `run_state`, with the step.
+        """Restores weights, optimizer and generators; returns what `save` was given as `run_state`, with the step and `ahead`.
 
         On another number of ranks the generators start afresh: nothing that trains draws from them.
         """
@@ -92,7 +103,8 @@ class Checkpoints:
         load_state(path / "state", wrapped, optimizer, backend)
         if description["world_size"] == distributed.world_size():
             set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
-        return description
+        ahead = path / AHEAD_FILE
+        return description | {"ahead": torch.load(ahead, weights_only=False) if ahead.is_file() else None}
 
     def _point_latest(self, target: Path) -> None:
         link = self.directory / ".new-latest"

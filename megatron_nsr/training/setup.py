@@ -55,7 +55,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         terms=loss_terms(config.objective),
         own_loss=own_loss,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-        router_aux_loss=config.training.router_aux_loss,
+        router_aux_loss=config.objective.router_aux_loss,
         diagnostics=Diagnostics(
             sign_norms_every=config.logging.sign_norms_every if signed else 0,
             probe_every=config.logging.probe_every if signed else 0,

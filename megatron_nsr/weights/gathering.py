@@ -87,13 +87,18 @@ class _Rank:
         """The HF tensors of one parameter, in memory of their own."""
         layout = piece.entry.layout
         shards = [self.local(piece)] if buffer is None else [part.view(piece.shape) for part in self.parts(buffer, bucket, piece)]
-        return [tensor if layout.sharded else tensor.clone() for tensor in layout.join(shards, self.plan.shape)]
+        theirs = {_memory(shard) for shard in shards}  # a layout may return views of them
+        return [tensor.clone() if _memory(tensor) in theirs else tensor for tensor in layout.join(shards, self.plan.shape)]
 
     def parts(self, buffer: Tensor, bucket: Bucket, piece: Piece) -> list[Tensor]:
         """Where each tensor-parallel rank's shard lies in a bucket's buffer, [piece.numel] each; one place where it is replicated."""
         slots = buffer[: self.plan.tensor * bucket.slot].view(self.plan.tensor, bucket.slot).unbind(0)
         where = slots if piece.entry.layout.sharded else (buffer[self.plan.tensor * bucket.slot :],)
         return [place[piece.offset : piece.offset + piece.numel] for place in where]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Transfer:

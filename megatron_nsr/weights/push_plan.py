@@ -146,22 +146,25 @@ class PushPlan:
         memory = f"at most {_mib(self.extra_bytes)} MiB a rank beside the model"
         table = _table(f"{len(self.buckets)} buckets, {_mib(self.tensor_bytes)} MiB of weights, {memory}; sizes in MiB")
         table.add_column("first tensor", no_wrap=True)
-        for header in ("bucket", "stage", "expert\nrank", "tensors", "buffer", "all-gather\na rank", "broadcast\na stage"):
+        expert_rank = ["expert\nrank"] if self.expert > 1 else []
+        for header in ("bucket", "stage", *expert_rank, "tensors", "buffer", "all-gather\na rank", "broadcast\na stage"):
             table.add_column(header, justify="right", no_wrap=True)
         for number, bucket in enumerate(self.buckets):
             size = _mib(self.buffer_bytes(bucket))
-            gathered = _mib(bucket.slot * self.element_bytes) if self.tensor > 1 else "-"
+            gathered = _mib(bucket.slot * self.element_bytes) if self.tensor > 1 and bucket.slot else "-"
             sizes = (size if self.travels else "-", gathered, size if self.pipeline > 1 else "-")
-            expert = "-" if bucket.expert_owner is None else str(bucket.expert_owner)
-            table.add_row(bucket.names[0], str(number), str(bucket.owner), expert, str(len(bucket.names)), *sizes)
+            expert = ["-" if bucket.expert_owner is None else str(bucket.expert_owner)] if self.expert > 1 else []
+            table.add_row(bucket.names[0], str(number), str(bucket.owner), *expert, str(len(bucket.names)), *sizes)
         return table
 
     def _traffic_table(self, world_size: int) -> Table:
         table = _table(f"{world_size} ranks, one push; MiB to each receiver")
-        for header in ("rank", "stage", "all-gather to", "MiB", "experts to", "MiB", "broadcast to", "MiB"):
+        experts_to = ["experts to", "MiB"] if self.expert > 1 else []
+        for header in ("rank", "stage", "all-gather to", "MiB", *experts_to, "broadcast to", "MiB"):
             table.add_column(header, justify="right")
         for row in self.traffic(world_size):
-            sends = ((row.gather_to, row.gather_bytes), (row.expert_to, row.expert_bytes), (row.broadcast_to, row.broadcast_bytes))
+            experts = [(row.expert_to, row.expert_bytes)] if self.expert > 1 else []
+            sends = ((row.gather_to, row.gather_bytes), *experts, (row.broadcast_to, row.broadcast_bytes))
             cells = (text for to, size in sends for text in (_ranks(to), _mib(size) if to else "-"))
             table.add_row(str(row.rank), str(row.stage), *cells)
         return table

@@ -75,7 +75,8 @@ VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reaso
 
 def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Config:
     """Learning rate and clip range are such that some ratios leave the range in the second mini-batch."""
-    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch", "router_aux_loss") if name in fields}
+    training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch") if name in fields}
+    router_aux_loss = fields.pop("router_aux_loss", 0.0)
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 3},
@@ -88,6 +89,7 @@ def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Co
                 "eps_high": 0.01,
                 "entropy_coefficient": 0.01,
                 "rollout_correction": 1.5,
+                "router_aux_loss": router_aux_loss,
             },
             "logging": {"sign_norms_every": 1, "probe_every": 2},
             "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 1.0},

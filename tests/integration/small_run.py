@@ -57,6 +57,7 @@ class Small:
             *("train", str(CONFIGS / "quickstart.yaml"), "objective.name=nsr", f"run.dir={run}", f"model.path={self.base / 'hf'}"),
             *(f"data.train={self.data('train')}", "data.prompts_per_step=16", "rollout.samples_per_prompt=4"),
             *("optimizer.warmup_steps=2", "optimizer.weight_decay=0.1", "checkpoint.every=1", "checkpoint.keep=2"),
+            "checkpoint.export_every=5",
             *(f"evaluation.benchmarks.puzzle={self.data('test')}", "evaluation.limit=8", "evaluation.samples=4", "evaluation.every=4"),
             *("logging.samples_every=2", "logging.tensorboard=false", *overrides),
         ]
@@ -83,9 +84,9 @@ class Started:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def start(arguments: Sequence[str], log: Path, *, ranks: int = 1, module: str = "megatron_nsr") -> Started:
-    """Starts `python -m megatron_nsr`, under torchrun where there are several ranks."""
-    command = [sys.executable, "-m", module, *arguments]
+def start(arguments: Sequence[str], log: Path, *, ranks: int = 1, module: str = "megatron_nsr", python: str | None = None) -> Started:
+    """Starts `python -m megatron_nsr`, under torchrun where there are several ranks. python: of another environment than this one."""
+    command = [python or sys.executable, "-m", module, *arguments]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
         command = [*torchrun, "--rdzv-endpoint", "127.0.0.1:0", "-m", module, *arguments]

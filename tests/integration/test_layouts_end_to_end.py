@@ -60,7 +60,10 @@ def check_complete(run: Path, steps: int) -> None:
 
 
 def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -> None:
-    check_complete(undisturbed(1), 10)
+    run = RunDirectory(undisturbed(1))
+    check_complete(run.path, 10)
+    fifth, tenth, final = ((folder / "model.safetensors").read_bytes() for folder in (run.export(5), run.export(10), run.hf))
+    assert fifth != tenth == final and len(list(run.export(5).parent.iterdir())) == 2
 
 
 def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Cal
     runs = (small.base, undisturbed(1), tmp_path / "run")
     logged = {name for run in runs for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}
     assert not [name for name in logged if metric_meaning(name) is None]
-    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>"}
+    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>", "policy/aux_loss"}  # the latter: test_experts_end_to_end.py
     (step,) = values(tmp_path / "run")
     assert step["rollout/correction_mean"] == pytest.approx(1.0, abs=1e-4)  # the engine holds the policy's weights
     assert step["policy/grad_norm_head_psr"] < step["policy/grad_norm_head_nsr"]  # lambda is 0.1

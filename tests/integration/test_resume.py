@@ -50,7 +50,7 @@ def test_a_run_that_is_stopped_twice_and_killed_once_ends_as_an_undisturbed_one(
     assert [step["step"] for step in values(run)] == list(range(1, 11))
     assert values(run) == values(undisturbed(1))
     assert not list((run / "checkpoints").glob(".partial-*"))
-    for name in ("hf/model.safetensors", "eval/step_4.json", "eval/step_10.json"):
+    for name in ("hf/model.safetensors", "exports/step_5/model.safetensors", "eval/step_4.json", "eval/step_10.json"):
         assert (run / name).read_bytes() == (undisturbed(1) / name).read_bytes(), name
 
 

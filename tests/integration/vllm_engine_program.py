@@ -110,7 +110,7 @@ def verification_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, 
     expected = whole_checksums(tensors(model), torch.float32)
 
     def wrong() -> list[str]:
-        return wrong_tensors(expected, [engine.held_checksums()])
+        return wrong_tensors(expected, engine.held_checksums())
 
     def spoiled(name: str, spoil: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         return ((other, spoil(tensor.clone()) if other == name else tensor) for other, tensor in tensors(model))

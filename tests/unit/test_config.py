@@ -87,7 +87,7 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("optimizer.beta1=1.5", "optimizer.beta1=1.5: input should be less than or equal to 1"),
         ("objective.lamda=1", "objective.lamda: no such key; did you mean lambda?"),
         ("objecive.name=psr", "objecive: no such key; did you mean objective?"),
-        ("checkpoint.zzz=1", "checkpoint.zzz: no such key; known keys: every, keep, export_hf"),
+        ("checkpoint.zzz=1", "checkpoint.zzz: no such key; known keys: every, keep, export_hf, export_every"),
         ("objective=psr", "objective='psr': input should be a valid dictionary"),
         ("run.dir=${objective.nmae}", "objective.nmae"),
         ("run.dir=[1", "config.yaml: while parsing"),

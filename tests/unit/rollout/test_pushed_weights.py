@@ -18,9 +18,16 @@ def stream(*names: str, rows: int = 4) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_fused_parameters_stand_for_their_parts() -> None:
-    names = checkpoint_names(["layers.0.attn.qkv_proj.weight", "layers.0.attn.qkv_proj.bias", "layers.0.norm.weight"], PACKED)
+    engine = ("layers.0.attn.qkv_proj.weight", "layers.0.attn.qkv_proj.bias", "layers.0.norm.weight")
+    names = checkpoint_names(dict.fromkeys(engine, torch.zeros(2)), PACKED)
     parts = {f"layers.0.attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")}
     assert names == parts | {"layers.0.norm.weight"}
+
+
+@pytest.mark.parametrize("module", ["layers.0.mlp.experts.routed_experts", "layers.0.mlp.experts"])
+def test_a_tensor_of_experts_stands_for_those_of_each(module: str) -> None:
+    names = checkpoint_names({f"{module}.w13_weight": torch.zeros(3, 4, 2), f"{module}.w2_weight": torch.zeros(3, 2, 2)}, PACKED)
+    assert names == {f"layers.0.mlp.experts.{i}.{part}_proj.weight" for i in range(3) for part in ("gate", "up", "down")}
 
 
 def test_a_complete_push_passes_and_is_handed_on_in_order() -> None:

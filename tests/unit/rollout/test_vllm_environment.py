@@ -34,6 +34,8 @@ def test_the_number_of_threads_can_still_be_set_after_an_error() -> None:
 
 
 def test_only_the_default_process_group_survives() -> None:
+    if dist.is_initialized():  # left by another test of this process
+        dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.new_group([0])
@@ -52,7 +54,7 @@ def test_a_users_own_variables_win_except_the_one_the_engine_needs(monkeypatch: 
     for name, value in {"VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
-    prepare_environment(on_cpu=False)
+    prepare_environment(on_cpu=False, in_process=True)
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_nsr.models.hf_config import Family, ModelShape, read_model_shape
+from megatron_nsr.models.hf_config import Family, MixtureOfExperts, ModelShape, read_model_shape
 from megatron_nsr.weights.loading import random_hf_tensors
 from megatron_nsr.weights.mapping import hf_names, hf_tensor_shape
 from megatron_nsr.weights.push_plan import PushPlan, plan_push
@@ -67,6 +67,42 @@ def test_every_rank_receives_exactly_what_it_lacks(
             received[peer] += row.broadcast_bytes
     for row in made.traffic(world):
         owned = [bucket for bucket in made.buckets if bucket.owner == row.stage]
+        has = sum(bucket.slot + bucket.replicated for bucket in owned) * made.element_bytes
+        assert received[row.rank] + has == sum(made.buffer_bytes(bucket) for bucket in made.buckets)
+
+
+@given(
+    tensor=st.sampled_from([1, 2]),
+    pipeline=st.sampled_from([1, 2]),
+    expert=st.sampled_from([1, 2, 4]),
+    replicas=st.sampled_from([1, 2]),
+    bucket_bytes=st.integers(1, 400_000),
+)
+@settings(max_examples=30, deadline=None)
+def test_experts_travel_from_the_rank_that_has_them_and_every_rank_receives_exactly_what_it_lacks(
+    shape: ModelShape, tensor: int, pipeline: int, expert: int, replicas: int, bucket_bytes: int
+) -> None:
+    shape = replace(shape, family="qwen3_moe", moe=MixtureOfExperts(8, 2, 48, True))
+    made = plan_push(
+        shape, tensor=tensor, pipeline=pipeline, virtual_pipeline=1, expert=expert, element_bytes=2, bucket_bytes=bucket_bytes
+    )  # fmt: skip
+    assert [name for bucket in made.buckets for name in bucket.names] == hf_names(shape)
+    for bucket in made.buckets:
+        assert {piece.where.expert_rank for piece in bucket.pieces} == {bucket.expert_owner or 0}
+        assert all((piece.entry.expert is None) == (bucket.expert_owner is None) for piece in bucket.pieces)
+    world = tensor * pipeline * expert * replicas
+    rows = list(made.traffic(world))
+    received = dict.fromkeys(range(world), 0)
+    for row in rows:
+        if row.expert_to:  # the group broadcasts every rank's experts
+            assert row.expert_bytes > 0 and len(row.expert_to) == expert - 1
+        sends = ((row.gather_to, row.gather_bytes), (row.expert_to, row.expert_bytes), (row.broadcast_to, row.broadcast_bytes))
+        for peers, size in sends:
+            for peer in peers:
+                received[peer] += size
+    for row in rows:
+        place = row.rank % (world // pipeline)
+        owned = [bucket for bucket in made.buckets if bucket.owner == row.stage and bucket.expert_owner in (None, place % expert)]
         has = sum(bucket.slot + bucket.replicated for bucket in owned) * made.element_bytes
         assert received[row.rank] + has == sum(made.buffer_bytes(bucket) for bucket in made.buckets)
 

@@ -1,0 +1,25 @@
+"""Engine settings that the engine in the trainer and a rollout server share.
+
+May import: config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_nsr.config import Config
+
+CPU_BATCHED_TOKENS = 4096  # tokens of one forward pass
+
+
+def longest_sequence(config: Config, max_positions: int) -> int:
+    """Tokens of the longest prompt with its response, in training and evaluation, as far as the model can read."""
+    response = max(config.rollout.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    return min(config.data.max_prompt_tokens + response, max_positions)
+
+
+def cpu_options(max_model_len: int) -> dict[str, Any]:
+    """What vLLM needs on a CPU."""
+    # A prompt split over two passes makes vLLM turn back the generator of a seeded request, which raises on CPU: "CPU Generator
+    # does not use offset" (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync, 0.32.0). So prompts are never split.
+    return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len)}

@@ -1,0 +1,147 @@
+"""A push to servers of a few lines: what is called in which order, who is left out, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_nsr.rollout import server_engine, vllm_api
+from megatron_nsr.rollout.engine import RolloutsLost, SampleRequest, Sampling
+from megatron_nsr.rollout.server_client import Server, ServerError
+from megatron_nsr.rollout.server_engine import ServerEngine
+
+NAMES = frozenset({"model.embed_tokens.weight", "lm_head.weight", "a", "b"})
+MIB = 1 << 20
+
+
+class FakeServer(Server):
+    """Keeps what was called and loaded; `fails` names a path or method at which it is lost."""
+
+    def __init__(self, name: str, fails: str = "") -> None:
+        super().__init__(f"http://{name}:1", name)
+        self.fails, self.resets_needed = fails, 2
+        self.calls: list[str] = []
+        self.loaded: dict[str, torch.Tensor] = {}
+        self.files: list[Path] = []
+        self.version: int | None = -1
+
+    async def call(self, session: Any, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
+        self._called(path)
+        if path == vllm_api.UPDATE:
+            self.files.append(Path(body["update_info"]["path"]))
+            self.loaded |= safetensors.torch.load_file(self.files[-1])
+        if path == vllm_api.RESET_PREFIX_CACHE:
+            self.resets_needed -= 1
+            return {"success": self.resets_needed <= 0}
+        return None
+
+    async def workers(self, session: Any, method: str, *arguments: Any, timeout_s: float = 0.0) -> list[Any]:
+        self._called(method)
+        if method == "nsr_label":
+            (self.version,) = arguments
+        if method == "nsr_checksums":
+            return [{"held": [["a", 0, 0, 5], ["b", 0, 2, -7]]}, {"held": []}]
+        return [{"identity": self.name, "max_num_seqs": 4}] * 2
+
+    def _called(self, what: str) -> None:
+        if what == self.fails:
+            raise ServerError(self, f"lost at {what}")
+        self.calls.append(what)
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_engine, "RESET_PAUSE_S", 0.0)
+
+
+def engine(*servers: Server, tied: bool = True, speaks: bool = True) -> ServerEngine:
+    return ServerEngine(servers, names=NAMES, tied=tied, vocabulary=4, dtype=torch.float32, bucket_bytes=MIB, timeout_s=0.0, speaks=speaks)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    """An embedding, a tensor of more than a bucket, and a view."""
+    return {
+        "model.embed_tokens.weight": torch.randn(4, 8),
+        "a": torch.randn(600, 512),
+        "b": torch.randn(8, 4).t(),
+    }
+
+
+def test_a_push_pauses_replaces_every_weight_and_resumes_with_an_empty_cache() -> None:
+    server, tensors = FakeServer("s"), weights()
+    pushing = engine(server)
+    assert pushing.load_weights(iter(tensors.items()), 3) == sum(tensor.nbytes for tensor in tensors.values())
+    assert server.calls == [
+        *("nsr_describe", vllm_api.PAUSE, "nsr_label", vllm_api.INIT_TRANSFER, vllm_api.START_UPDATE),
+        *(vllm_api.UPDATE, vllm_api.UPDATE, vllm_api.UPDATE, vllm_api.FINISH_UPDATE),
+        *(vllm_api.RESET_PREFIX_CACHE, vllm_api.RESET_PREFIX_CACHE, "nsr_label", vllm_api.RESUME),
+    ]
+    assert pushing.version == server.version == 3
+    expected = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}  # a tied head is a tensor of its own there
+    assert server.loaded.keys() == expected.keys() and all(torch.equal(server.loaded[name], expected[name]) for name in expected)
+    assert not any(file.exists() for file in server.files)
+
+
+@pytest.mark.parametrize(
+    "where", ["nsr_describe", vllm_api.PAUSE, vllm_api.START_UPDATE, vllm_api.UPDATE, vllm_api.FINISH_UPDATE, vllm_api.RESUME]
+)
+def test_a_server_that_is_lost_in_a_push_is_left_out_and_taken_in_by_the_next(where: str) -> None:
+    lost, left = FakeServer("lost", fails=where), FakeServer("left")
+    pushing = engine(lost, left)
+    pushing.load_weights(iter(weights().items()), 1)
+    assert pushing.version == left.version == 1 and left.loaded.keys() == NAMES
+    lost.fails = ""
+    pushing.load_weights(iter(weights().items()), 2)
+    assert lost.version == left.version == 2
+
+
+@pytest.mark.parametrize("where", ["nsr_describe", vllm_api.UPDATE, vllm_api.RESUME])
+def test_a_push_that_no_server_took_consumes_all_and_is_told_when_something_is_sampled(where: str) -> None:
+    pushing, rest = engine(FakeServer("s", fails=where)), iter(weights().items())
+    pushing.load_weights(rest, 1)
+    assert list(rest) == [] and pushing.version is None and pushing.held_checksums() == []
+    with pytest.raises(RolloutsLost, match=f"^s: lost at {where}".replace("?", r"\?")):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+
+
+def test_an_incomplete_push_is_an_error_and_leaves_no_weights() -> None:
+    server = FakeServer("s")
+    pushing, tensors = engine(server), weights()
+    del tensors["b"]
+    with pytest.raises(RuntimeError, match="pushed weights lack 1 of 4 tensors: b"):
+        pushing.load_weights(iter(tensors.items()), 1)
+    assert pushing.version is None and server.version is None
+
+
+def test_a_cache_that_does_not_empty_is_an_error_of_that_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = FakeServer("s")
+    server.resets_needed = server_engine.RESETS + 1
+    pushing = engine(server)
+    pushing.load_weights(iter(weights().items()), 1)
+    with pytest.raises(RolloutsLost, match="s: did not reset its prefix cache"):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+
+
+def test_checksums_of_all_workers_of_all_servers_are_compared() -> None:
+    pushing = engine(FakeServer("s"), FakeServer("t"))
+    pushing.load_weights(iter(weights().items()), 1)
+    worker = {("a", 0, 0): 5, ("b", 0, 2): -7}
+    assert pushing.held_checksums() == [worker, {}, worker, {}]
+
+
+def test_a_rank_that_does_not_speak_consumes_what_is_pushed_and_samples_nothing() -> None:
+    server, tensors = FakeServer("s"), weights()
+    silent, rest = engine(server, speaks=False), iter(tensors.items())
+    assert silent.load_weights(rest, 1) == sum(tensor.nbytes for tensor in tensors.values())
+    assert silent.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ())) == silent.held_checksums() == list(rest) == server.calls == []
+
+
+def test_a_closed_engine_samples_no_more() -> None:
+    with engine(FakeServer("s")) as pushing:
+        pushing.load_weights(iter(weights().items()), 1)
+    with pytest.raises(RolloutsLost, match="closed"):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
