@@ -1,6 +1,6 @@
 """Writes safetensors files tensor by tensor: the header comes first, so that no file need be held in memory.
 
-May import: torch and the standard library. Format: 8 bytes with the header's length, the header in JSON, the tensors' bytes one after
+May import: torch, weights.sliced_writes. Format: 8 bytes with the header's length, the header in JSON, the tensors' bytes one after
 another (huggingface.co/docs/safetensors).
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_nsr.weights.sliced_writes import write_sliced
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,7 +74,7 @@ def write_safetensors(path: Path, headers: Sequence[TensorHeader], tensors: Iter
         for header, tensor in zip(headers, tensors, strict=True):
             if header_of(header.name, tensor) != header:
                 raise ValueError(f"{header.name} is {tensor.dtype} {tuple(tensor.shape)}, not {header.dtype} {header.shape}")
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            write_sliced(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def write_index(directory: Path, files: Sequence[Sequence[TensorHeader]]) -> None:

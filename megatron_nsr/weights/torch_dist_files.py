@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from megatron_nsr.types import UserError
+from megatron_nsr.weights.sliced_writes import write_sliced
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 Sizes = tuple[int, ...]
@@ -209,7 +210,7 @@ class _RememberingStream:
 
     def write(self, data: Any) -> int:
         try:
-            return self._file.write(data)
+            return write_sliced(self._file, data)
         except OSError as error:
             self.error = error
             raise
