@@ -173,8 +173,8 @@ def _check_own_loss(objective: Objective, config: Config) -> None:
     if isinstance(objective, OwnLoss):
         if config.rollout.max_staleness:  # it asks for rollout_correction, which weighs the built-in losses only
             raise UserError(
-                f"rollout.max_staleness={config.rollout.max_staleness}: it must be 0, as objective.name={config.objective.name!r} brings its "
-                "own token_loss, which nothing corrects for older weights"
+                f"rollout.max_staleness={config.rollout.max_staleness}: it must be 0, as objective.name={config.objective.name!r} brings "
+                "its own token_loss, which nothing corrects for older weights"
             )
         given = config.objective.model_fields_set
         for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction"):
