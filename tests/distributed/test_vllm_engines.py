@@ -58,7 +58,8 @@ def test_a_closed_engine_leaves_the_process_group_and_room_for_the_next(seen: Se
 
 def test_shared_memory_is_unlinked_while_in_use_so_that_a_killed_job_leaves_none(seen: Seen) -> None:
     mapped = seen[SHARED]["shared_memory"]
-    assert mapped and all(line.endswith("(deleted)") for line in mapped)
+    assert bool(mapped) is seen[SHARED]["has_shared_memory"]  # vLLM's build for CPUs without AVX-512 has none
+    assert all(line.endswith("(deleted)") for line in mapped)
 
 
 def test_a_verified_push_passes_with_one_kv_head_on_two_ranks_and_a_padded_vocabulary_in_bfloat16(seen: Seen) -> None:

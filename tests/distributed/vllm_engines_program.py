@@ -94,6 +94,7 @@ def case(model_dir: Path, tensor_parallel: int) -> dict[str, Any]:
         "decoded": int(calls),
         "one": len(one),
         "shared_memory": mapped,
+        "has_shared_memory": hasattr(torch.ops._C, "init_shm_manager"),
     }
 
 
