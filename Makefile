@@ -58,10 +58,11 @@ $(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
 	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
 	@touch $@
 
-# Unit tests are processes of one thread; the others start several processes themselves.
+# Distributed tests start as many processes as they have ranks; of the others two fit two cores.
 test: $(TEST_INSTALLED) ## run all tests
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest tests/distributed tests/integration
+	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
 
 test-vllm-0.26: $(TEST_INSTALLED) $(OLD_INSTALLED) ## the rollout server tests with servers of vLLM 0.26 and torch 2.11
 	MEGATRON_NSR_SERVER_PYTHON=$(CURDIR)/$(OLD_VENV)/bin/python $(BIN)/python -m pytest tests/integration/test_rollout_servers.py
