@@ -148,9 +148,8 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
 
 
 def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
-    engine = stack.enter_context(build_engine(config, inputs.shape, inputs.server_weights))
-    return Rollouts(
-        engine,
+    rollouts = Rollouts(
+        build_engine(config, inputs.shape, inputs.server_weights),
         inputs.tokenizer.decode,
         run_seed=config.run.seed,
         rank=distributed.rank(),
@@ -158,6 +157,7 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
         engine_ranks=engine_ranks(config, distributed.world_size()),
         verify_push=config.rollout.verify_push,
     )
+    return stack.enter_context(rollouts)  # closes the engine too
 
 
 def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[PromptSet, PromptSampler]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state
@@ -57,7 +58,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.count = 0
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}  # what signal.signal returned
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,7 +66,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned before
+            signal.signal(number, handler)
 
     def _remember(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1

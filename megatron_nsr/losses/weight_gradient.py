@@ -5,6 +5,8 @@ May import: losses.products.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ class WeightGradient:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
+        self._weight: Any = weight  # has attributes of megatron-core's
         main_grad = getattr(weight, "main_grad", None)
         self.in_main_grad = main_grad is not None and main_grad.dtype == accumulation_dtype(weight)
         self.total: Tensor = main_grad if self.in_main_grad else torch.zeros_like(weight, dtype=accumulation_dtype(weight))
@@ -36,6 +38,7 @@ class WeightGradient:
             return total.to(weight.dtype)
         if getattr(weight, "zero_out_wgrad", False):  # set on tied embeddings of a single stage (language_module.py)
             return None
-        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = True
         # Values are never read: main_grad's own memory, seen as the weight's shape and dtype, costs nothing.
-        return total.view(-1).view(weight.dtype)[: weight.numel()].view_as(weight)
+        placeholder: Tensor = total.view(-1).view(weight.dtype)[: weight.numel()].view_as(weight)
+        return placeholder

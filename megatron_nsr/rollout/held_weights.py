@@ -138,7 +138,8 @@ def _read(module: torch.nn.Module, name: str) -> Tensor:
         return read_experts(module, name)
     looked_up = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)  # its packed copy is never used
     if name != "weight" or looked_up or not hasattr(module, "cpu_linear"):
-        return getattr(module, name)  # type: ignore[no-any-return]
+        value: Tensor = getattr(module, name)
+        return value
     inputs = _linear_size(module)[0] if hasattr(module, "input_size") else module.embedding_dim
     outputs = []
     for start in range(0, inputs, UNIT_VECTORS):

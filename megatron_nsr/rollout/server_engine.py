@@ -20,7 +20,7 @@ from megatron_nsr.rollout.engine import Completion, Region, RolloutsLost, Sample
 from megatron_nsr.rollout.pushed_weights import HEAD, PushedWeights
 from megatron_nsr.rollout.server_client import CALL_TIMEOUT_S, SIGN_OF_LIFE_S, Server, ServerError, new_session, retried
 from megatron_nsr.rollout.server_sampling import sample_on_servers
-from megatron_nsr.rollout.weight_transport import FileTransport, NcclTransport, Transport
+from megatron_nsr.rollout.weight_transport import FileTransport, NcclTransport, Transport, TransportError
 from megatron_nsr.types import UserError
 
 Fits = Callable[[Server, Sequence[Mapping[str, Any]]], None]
@@ -113,7 +113,7 @@ class ServerEngine:
             self._run(lambda session, member: member.server.call(session, vllm_api.FINISH_UPDATE, timeout_s=CALL_TIMEOUT_S))
             pushed.check()
             self._run(lambda session, member: self._end(session, member, version))
-        except ServerError as error:
+        except (ServerError, TransportError) as error:
             self._lost = str(error)
             pushed.drain()
             pushed.check()

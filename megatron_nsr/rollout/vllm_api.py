@@ -20,8 +20,8 @@ API_SERVER = "vllm.entrypoints.openai.api_server"  # 0.32 says it is deprecated;
 SCALE_OUT_FLAG_SINCE = Version("0.32")  # 0.26 has no such flag and always serves GENERATE
 FINAL_ONLY = 2  # vllm.sampling_params.RequestOutputKind.FINAL_ONLY
 
-# Paths and queries of requests; all but GENERATE and HEALTH need VLLM_SERVER_DEV_MODE=1.
-GENERATE, HEALTH = "/inference/v1/generate", "/health"
+# Paths and queries of requests; all but GENERATE need VLLM_SERVER_DEV_MODE=1.
+GENERATE = "/inference/v1/generate"
 CALL_WORKERS = "/collective_rpc"
 PAUSE, RESUME = "/pause?mode=wait", "/resume"
 INIT_TRANSFER = "/init_weight_transfer_engine"

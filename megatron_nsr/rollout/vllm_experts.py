@@ -63,8 +63,12 @@ def expert_parts(module: torch.nn.Module, parameter: str, rank: int) -> Iterator
 def read_experts(module: torch.nn.Module, name: str) -> Tensor:
     """The experts' tensor as it was before it was packed, padding included."""
     value: Tensor = getattr(module, name)
+    if value.device.type != "cpu":
+        return value
+    if getattr(module.quant_method, "moe_kernel", None) is None:
+        raise RuntimeError("this version of vLLM packs experts where they cannot be read back: use 0.32, or rollout.verify_push=never")
     kernel = module.quant_method.moe_kernel.fused_experts
-    if value.device.type != "cpu" or not hasattr(kernel, "isa") or kernel._use_zentorch:
+    if not hasattr(kernel, "isa") or kernel._use_zentorch:
         return value
     from vllm._custom_ops import cpu_prepack_moe_weight
 

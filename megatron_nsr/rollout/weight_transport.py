@@ -10,23 +10,26 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_nsr.platform.distributed import free_port
-from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.rollout.vllm_api import join_nccl_group, nccl_init_info, nccl_update_info
 
 Bucket = Sequence[tuple[str, torch.Tensor]]
 Announce = Callable[[dict[str, Any]], None]  # POSTs one update_info to every server and returns when all have loaded it
 
 
-class Transport(Protocol):
-    name: str  # vLLM's backend
+class TransportError(Exception):
+    """The bytes of a push could not be sent on; the servers are not to blame."""
 
+
+class Transport(Protocol):
     def connect(self, members: Sequence[tuple[str, int]], initialize: Callable[[list[dict[str, Any]]], None]) -> None:
         """members: (identity, workers) of each server; initialize: POSTs an init_info to each of them."""
         ...
@@ -37,22 +40,26 @@ class Transport(Protocol):
 class FileTransport:
     """For servers that see the trainer's temporary directory (TMPDIR), as on one host: a safetensors file a bucket, gone once loaded."""
 
-    name = FILE_TRANSPORT
-
     def connect(self, members: Sequence[tuple[str, int]], initialize: Callable[[list[dict[str, Any]]], None]) -> None:
         initialize([{} for _ in members])
 
     def send(self, bucket: Bucket, announce: Announce) -> None:
-        with tempfile.TemporaryDirectory(prefix="megatron_nsr_push_") as folder:
-            path = Path(folder) / "bucket.safetensors"
-            save_file(_in_memory_of_its_own(bucket), path)
-            announce({"path": str(path)})
+        """Raises TransportError where there is no room for the file."""
+        with ExitStack() as stack:
+            announce({"path": str(_written(bucket, stack))})
+
+
+def _written(bucket: Bucket, stack: ExitStack) -> Path:
+    try:
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron_nsr_push_"))) / "bucket.safetensors"
+        save_file(_in_memory_of_its_own(bucket), path)
+    except (OSError, SafetensorError) as error:
+        raise TransportError(f"weights for the rollout servers could not be written to TMPDIR={tempfile.gettempdir()}: {error}") from error
+    return path
 
 
 class NcclTransport:
     """vLLM's own NCCL backend, for CUDA: rank 0 of the trainer and all workers of all servers form one group. Has not run yet."""
-
-    name = "nccl"
 
     def __init__(self) -> None:
         self._members: list[tuple[str, int]] = []

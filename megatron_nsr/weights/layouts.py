@@ -5,6 +5,7 @@ May import: torch, models.hf_config.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,8 +38,25 @@ class Layout(Protocol):
     def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes: ...
 
 
+class _OnePiece(ABC):
+    """A rank's shard is one piece of the whole parameter, which is cut along `dim`, or not at all."""
+
+    sharded = True
+    dim = 0
+
+    @abstractmethod
+    def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor: ...
+
+    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
+        shard = self.split(tensors, rank, size, shape)
+        return ((_offset(shard, self.dim, rank if self.sharded else 0), shard),)
+
+    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
+        return _stacked(tensors)
+
+
 @dataclass(frozen=True)
-class Replicated:
+class Replicated(_OnePiece):
     """The same tensor on every rank."""
 
     sharded = False
@@ -49,19 +67,12 @@ class Replicated:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (shards[0],)
 
-    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
-        shard = self.split(tensors, rank, size, shape)
-        return ((_offset(shard, 0, 0), shard),)
-
-    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
-        return _stacked(tensors)
-
 
 @dataclass(frozen=True)
-class ColumnSharded:
+class ColumnSharded(_OnePiece):
     """Cut along dimension 1, the inputs of a row-parallel linear layer."""
 
-    sharded = True
+    dim = 1
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor:
         return tensors[0].chunk(size, dim=1)[rank]
@@ -69,19 +80,10 @@ class ColumnSharded:
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (_joined(shards, dim=1),)
 
-    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
-        shard = self.split(tensors, rank, size, shape)
-        return ((_offset(shard, 1, rank), shard),)
-
-    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
-        return _stacked(tensors)
-
 
 @dataclass(frozen=True)
-class FusedQKV:
+class FusedQKV(_OnePiece):
     """q, k and v, weights or biases, interleaved by query group (a group's queries, its key, its value), cut along dimension 0."""
-
-    sharded = True
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor:
         groups = [x.reshape(shape.query_groups, -1, *x.shape[1:]).chunk(size, dim=0)[rank] for x in tensors]
@@ -92,13 +94,6 @@ class FusedQKV:
         by_group = fused.reshape(shape.query_groups, -1, *fused.shape[1:])
         queries = shape.heads // shape.query_groups * shape.head_dim
         return tuple(x.flatten(0, 1) for x in by_group.split([queries, shape.head_dim, shape.head_dim], dim=1))
-
-    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
-        shard = self.split(tensors, rank, size, shape)
-        return ((_offset(shard, 0, rank), shard),)
-
-    def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
-        return _stacked(tensors)
 
 
 @dataclass(frozen=True)
@@ -143,10 +138,8 @@ class WholeGateUp:
 
 
 @dataclass(frozen=True)
-class PaddedVocabulary:
+class PaddedVocabulary(_OnePiece):
     """Rows of the vocabulary cut along dimension 0, after zero rows up to a multiple of the ranks."""
-
-    sharded = True
 
     def split(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> Tensor:
         rows = -(-shape.vocab_size // size)
@@ -156,10 +149,6 @@ class PaddedVocabulary:
 
     def join(self, shards: Sequence[Tensor], shape: ModelShape) -> tuple[Tensor, ...]:
         return (_joined(shards, dim=0)[: shape.vocab_size],)
-
-    def pieces(self, tensors: Sequence[Tensor], rank: int, size: int, shape: ModelShape) -> tuple[tuple[Offset, Tensor], ...]:
-        shard = self.split(tensors, rank, size, shape)
-        return ((_offset(shard, 0, rank), shard),)
 
     def whole(self, tensors: Sequence[Sizes], size: int) -> Sizes:
         return (-(-tensors[0][0] // size) * size, *tensors[0][1:])

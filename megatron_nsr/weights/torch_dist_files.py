@@ -222,7 +222,7 @@ class _RememberingStream:
 class _Span(io.RawIOBase):
     """Bytes `start` to `start + length` of a file as a file."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
@@ -241,6 +241,6 @@ class _Span(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
         self._file.seek(self._start + self._position)
-        count = self._file.readinto(view)  # type: ignore[attr-defined]
+        count = self._file.readinto(view) or 0
         self._position += count
-        return int(count)
+        return count

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 
 from megatron_nsr.losses.terms import LossTerms, TokenInputs, TokenTerms, token_terms
 from tests.unit.losses.cases import ALL_TERMS, loss_terms
@@ -149,5 +148,7 @@ def test_the_closed_form_gradient_is_the_loss_functions(seed: int, terms: LossTe
 
 
 def test_an_unknown_form_is_refused() -> None:
-    with pytest.raises((ValueError, TypeCheckError)):
-        LossTerms("clip")  # type: ignore[arg-type]
+    terms = LossTerms()
+    object.__setattr__(terms, "form", "clip")  # past the checker of types that tests run under
+    with pytest.raises(ValueError, match="form='clip' is none of clipped, reinforce, probability"):
+        terms.__post_init__()

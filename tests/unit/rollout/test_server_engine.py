@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,21 @@ def test_a_push_that_no_server_took_consumes_all_and_is_told_when_something_is_s
     assert list(rest) == [] and pushing.version is None and pushing.held_checksums() == []
     with pytest.raises(RolloutsLost, match=f"^s: lost at {where}".replace("?", r"\?")):
         pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+
+
+def test_a_full_temporary_directory_loses_the_rollouts_by_its_name_and_the_next_push_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, rest = FakeServer("s"), iter(weights().items())
+    pushing = engine(server)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+        pushing.load_weights(rest, 1)
+    assert list(rest) == [] and server.version is None
+    with pytest.raises(RolloutsLost, match=f"could not be written to TMPDIR={tmp_path}/absent: "):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+    pushing.load_weights(iter(weights().items()), 2)
+    assert pushing.version == server.version == 2
 
 
 def test_an_incomplete_push_is_an_error_and_leaves_no_weights() -> None:
