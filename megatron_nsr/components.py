@@ -106,8 +106,7 @@ class Components:
         if self.rollouts is None:
             return {}
         plan, chunks = self.push_plan, self.actor.chunks
-        pushed = self.rollouts.push(execute_push_plan(plan, chunks), version, partial(policy_checksums, plan, chunks))
-        return {"rollout/push_bytes": float(pushed)}
+        return self.rollouts.push(execute_push_plan(plan, chunks), version, partial(policy_checksums, plan, chunks))
 
 
 def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Components:

@@ -90,7 +90,7 @@ class RolloutConfig(Section):
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB; a rank holds up to two")
     verify_push: Literal["always", "first", "never"] = Field(
-        "first", description="pushes after which what the engine holds is compared with the policy; first: of each process"
+        "first", description="pushes after which what the engine holds is compared with the policy; first: each process's first"
     )
     max_logprob_gap: PositiveFloat | None = Field(
         None, description="largest |engine - policy| log-prob of a sampled token before the run stops; null only logs it"

@@ -28,6 +28,7 @@ METRICS: dict[str, str] = {
     "rollout/weight_version": "version of the policy that sampled the step's responses, count of pushes",
     "rollout/staleness": "steps that the policy has made since the weights that sampled the step's responses, mean",
     "rollout/push_bytes": "weights handed to each engine after the step's update, bytes",
+    "rollout/engines": "engines that took these weights: of the run's own, or servers, of which some may be gone for a while",
     "policy/loss": "policy loss, mean over the step's mini-batches, nats",
     "policy/loss_psr": "the part of the policy loss that correct responses carry, nats",
     "policy/loss_nsr": "the part of the policy loss that wrong responses carry, nats",

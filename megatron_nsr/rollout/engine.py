@@ -69,6 +69,11 @@ class RolloutEngine(Protocol):
         ...
 
     @property
+    def holders(self) -> Sequence[str]:
+        """Names of the processes that hold the weights, or groups of them: a server that was started again has another name."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the weights it computes with."""
         ...

@@ -29,7 +29,7 @@ class Rollouts:
     """Spreads prompts over the engines, each hosted by `engine_ranks` consecutive ranks, and gathers the trajectories.
 
     Every rank makes one and makes the same calls. Owns the engine: close() closes it. verify_push: which pushes are followed by a
-    comparison of what the engine then holds with what the policy holds; `first` is the first one of this process.
+    comparison of what the engines then hold with what the policy holds; `first` is the first one that an engine's process takes part in.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Rollouts:
         self._run_seed = run_seed
         self._engines = world_size // engine_ranks
         self._engine_index = rank // engine_ranks
-        self._verify_push, self._verified = verify_push, False
+        self._verify_push, self._verified = verify_push, set[tuple[int, str]]()
         self._speaks_for_engine = rank % engine_ranks == 0
         # Python objects travel over gloo: NCCL would take them through GPU memory
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
@@ -99,17 +99,18 @@ class Rollouts:
             for (prompt, sample), completion in zip(slots, completions, strict=True)
         ]
 
-    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, checksums: Checksums) -> int:
-        """Gives this rank's engine new weights under their HF names, and returns their bytes; see RolloutEngine.load_weights.
+    def push(self, tensors: Iterator[tuple[str, torch.Tensor]], version: int, checksums: Checksums) -> dict[str, float]:
+        """Gives this rank's engine new weights under their HF names, and returns metrics; see RolloutEngine.load_weights.
 
         checksums: gives the policy's, by HF name, in a dtype (weights.checksums); called, by all ranks, where the push is verified.
         Raises RuntimeError on every rank where any engine does not hold what the policy holds.
         """
         self.ahead.settle()
         pushed_bytes = self._engine.load_weights(tensors, version)
-        if self._verify_push == "always" or (self._verify_push == "first" and not self._verified):
-            self._verified |= self._verify(version, checksums(self._engine.dtype))
-        return pushed_bytes
+        holders = set(self._gather([(self._engine_index, name) for name in self._engine.holders if self._speaks_for_engine]))
+        if self._verify_push == "always" or (self._verify_push == "first" and holders - self._verified):
+            self._verified |= holders if self._verify(version, checksums(self._engine.dtype)) else set()
+        return {"rollout/push_bytes": float(pushed_bytes), "rollout/engines": float(len(holders))}
 
     def _verify(self, version: int, policy: Mapping[str, int]) -> bool:
         """Whether there was something to compare: servers may all be gone for the moment."""

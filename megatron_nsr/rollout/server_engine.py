@@ -76,6 +76,11 @@ class ServerEngine:
         return self._version
 
     @property
+    def holders(self) -> Sequence[str]:
+        """The servers with the weights, each start of one under a name of its own."""
+        return [] if self._version is None else [member.identity for member in self._members]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
         return self._dtype

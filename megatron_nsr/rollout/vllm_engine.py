@@ -105,6 +105,11 @@ class VllmEngine:
         return self._version
 
     @property
+    def holders(self) -> Sequence[str]:
+        """This process; see RolloutEngine."""
+        return [] if self._version is None else ["in process"]
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
         return self._dtype

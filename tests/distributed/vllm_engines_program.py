@@ -110,7 +110,7 @@ def verified(out: Path) -> dict[str, Any]:
     with Rollouts(
         engine, str, run_seed=1, rank=dist.get_rank(), world_size=2, engine_ranks=2, verify_push="always"
     ) as rollouts:  # fmt: skip
-        messages["bytes"] = [rollouts.push(weights(model), version, checksums) for version in (1, 2)]
+        messages["bytes"] = [rollouts.push(weights(model), version, checksums)["rollout/push_bytes"] for version in (1, 2)]
         for name in SPOILED:
             spoiled = [(other, last_element_doubled(weight) if other == name else weight) for other, weight in weights(model)]
             try:

@@ -67,7 +67,7 @@ def test_steps_are_drawn_from_the_weights_that_were_pushed(undisturbed_server_ru
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert [step["rollout/weight_version"] for step in steps] == [0, 1, 2, 3]
     assert all(step["rollout/staleness"] == 0 and 0 < step["rollout/logprob_gap_max"] < GAP for step in steps)
-    assert all(step["rollout/push_bytes"] == steps[0]["rollout/push_bytes"] > 0 for step in steps)
+    assert all(step["rollout/push_bytes"] == steps[0]["rollout/push_bytes"] > 0 and step["rollout/engines"] == 1 for step in steps)
     assert steps[-1]["heldout/logprob_gap_max"] < GAP
     assert (undisturbed_server_run / "hf" / "model.safetensors").is_file()
 
@@ -121,6 +121,7 @@ def test_a_run_on_two_servers_goes_on_with_the_one_that_is_left(
     steps = values(run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert all(0 < step["rollout/logprob_gap_max"] < GAP for step in steps)
+    assert steps[-1]["rollout/engines"] == 1
     # how many servers there are changes no token, and how many ranks there are none of the first step
     same = values(undisturbed_server_run)[0]
     for name in ("reward/correct_ratio", "rollout/response_tokens_mean", "policy/loss", "policy/entropy"):

@@ -25,6 +25,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self.version: int | None = None
+        self.holders = ["first start"]
         self.asked: list[SampleRequest] = []
         self.held: dict[Region, int] = {}
         self.verified: list[int | None] = []
@@ -118,9 +119,18 @@ def test_pushes_are_verified_as_asked(engine: EchoEngine, verify_push: Verificat
         asked.append(dtype)
         return {}
 
-    assert [rollouts.push(iter([("w", torch.zeros(3, version))]), version, checksums) for version in range(3)] == [0, 12, 24]
+    pushed = [rollouts.push(iter([("w", torch.zeros(3, version))]), version, checksums) for version in range(3)]
+    assert pushed == [{"rollout/push_bytes": 12.0 * version, "rollout/engines": 1} for version in range(3)]
     assert engine.verified == verified
     assert asked == [torch.bfloat16] * len(verified)  # in the engine's type
+
+
+def test_an_engine_that_was_started_again_is_verified_again(engine: EchoEngine) -> None:
+    rollouts = Rollouts(engine, str, run_seed=5, verify_push="first")
+    for version, holders in enumerate([["a", "b"], ["a"], ["a", "b"], ["a", "c"], []]):
+        engine.holders = holders
+        assert rollouts.push(iter([]), version, no_checksums)["rollout/engines"] == len(holders)
+    assert engine.verified == [0, 3]
 
 
 def test_an_engine_that_holds_other_weights_is_an_error_that_names_them(engine: EchoEngine) -> None:
