@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import pickle
 from collections import defaultdict
@@ -114,12 +115,15 @@ class TorchDistReader:
     def read(self, key: str, index: Sizes = ()) -> Tensor:
         """The part of tensor `key` at `index` of its first dimensions, put together from its pieces.
 
-        It is the reader's one buffer: the next call overwrites it. New memory each time would cost as much time as the reading.
+        A single piece is a map of its file. Several are copied into the reader's one buffer, which the next call overwrites: new memory
+        each time would cost as much time as the reading.
         """
         size = self._tensors[key].size[len(index) :]
         chunks = self._chunks(key, len(index)).get(index, [])
         if sum(chunk.sizes.numel() for chunk in chunks) != size.numel():
             raise UserError(f"checkpoint {self.directory}: the pieces of {key}{list(index) or ''} do not make up the whole")
+        if len(chunks) == 1:
+            return self._load(key, chunks[0]).view(size)
         needed = size.numel() * self.dtype(key).itemsize
         if self._buffer.numel() < needed:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
@@ -127,7 +131,8 @@ class TorchDistReader:
         whole = self._buffer[:needed].view(self.dtype(key)).view(size)
         for chunk in chunks:
             starts, sizes = chunk.offsets[len(index) :], chunk.sizes[len(index) :]
-            self._load(key, chunk, whole[tuple(slice(start, start + length) for start, length in zip(starts, sizes, strict=True))])
+            place = tuple(slice(start, start + length) for start, length in zip(starts, sizes, strict=True))
+            whole[place].copy_(self._load(key, chunk).view(sizes))
         return whole
 
     def _chunks(self, key: str, depth: int) -> dict[Sizes, list[ChunkStorageMetadata]]:
@@ -141,34 +146,32 @@ class TorchDistReader:
             self._at_index[key, depth] = found
         return self._at_index[key, depth]
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata, target: Tensor) -> None:
-        """Fills `target`, which has the piece's size but for the first dimensions."""
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """The piece: a map of its file where it lies there as it is."""
         try:
             place = self._places[MetadataIndex(key, chunk.offsets)]
             with (self.directory / place.relative_path).open("rb", buffering=0) as file:
                 span = _Span(file, place.offset, place.length)
                 piece: Tensor = torch.load(span, map_location="meta", weights_only=True)
-                if piece.shape != chunk.sizes or piece.dtype != target.dtype:
-                    raise ValueError(f"a piece is {tuple(piece.shape)} {piece.dtype}, the index says {tuple(chunk.sizes)} {target.dtype}")
+                if piece.shape != chunk.sizes or piece.dtype != self.dtype(key):
+                    raise ValueError(
+                        f"a piece is {tuple(piece.shape)} {piece.dtype}, the index says {tuple(chunk.sizes)} {self.dtype(key)}"
+                    )
                 start = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
-                if start is not None and piece.is_contiguous() and target.is_contiguous() and not piece.storage_offset():
-                    _fill(target, span, start)
-                else:
-                    span.seek(0)
-                    target.copy_(torch.load(span, map_location="cpu", weights_only=True).view(target.shape))
+                if start is not None and piece.is_contiguous() and not piece.storage_offset():
+                    values = memoryview(_mapped(file))[place.offset + start :]
+                    return torch.frombuffer(values, dtype=dtype, count=piece.numel()).view(piece.shape)
+                span.seek(0)
+                loaded: Tensor = torch.load(span, map_location="cpu", weights_only=True)
+                return loaded
         except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {self.directory}: {key} cannot be read ({type(error).__name__}: {reason})") from None
 
 
-def _fill(target: Tensor, span: _Span, start: int) -> None:
-    """Reads a contiguous tensor's bytes from a file."""
-    view = memoryview(target.view(-1).view(torch.uint8).numpy())
-    span.seek(start)
-    while view:
-        if not (count := span.readinto(view)):
-            raise EOFError("the file is too short")
-        view = view[count:]
+def _mapped(file: io.FileIO) -> mmap.mmap:
+    """Writable, as torch wants it, and private: the file stays as it is."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
