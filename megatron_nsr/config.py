@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
@@ -256,21 +256,39 @@ class Config(Section):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, applies `key=value` overrides and validates.
+    """Reads a YAML file with the files it includes, applies `key=value` overrides and validates.
 
     Raises UserError with one line that names the field, its value and what would be right.
     """
-    if not Path(path).is_file():
-        raise UserError(f"config file {path}: no such file")
     for item in overrides or []:
         if "=" not in item:
             raise UserError(f"override {item!r}: write it as section.key=value")
+    written = _read(Path(path), ())
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
     return parse_config(values)
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> Any:
+    """A file's keys on top of those of the file that it names as `include`, by a path relative to its own."""
+    if path.resolve() in including:
+        raise UserError(f"config {including[-1]}: include={path} includes this file in turn")
+    if not path.is_file():
+        raise UserError(f"config {including[-1]}: include={path}: no such file" if including else f"config file {path}: no such file")
+    try:
+        own = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
+        raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(own, DictConfig):
+        raise UserError(f"config {path}: a list, where sections with their keys are wanted")
+    if (included := own.pop("include", None)) is None:
+        return own
+    if not isinstance(included, str):
+        raise UserError(f"config {path}: include={included}: give one file's path, relative to this file")
+    return OmegaConf.merge(_read(path.parent / included, (*including, path.resolve())), own)
 
 
 def parse_config(values: Any) -> Config:

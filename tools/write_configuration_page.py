@@ -26,6 +26,7 @@ Any field can be set behind the file's name; the last word wins:
 - A value is read as YAML: `data.limit=null`, `parallel.sequence=true`.
 - `${section.field}` stands for another field's value, `${oc.env:NAME}` for an environment variable. Quote both for the shell:
   `'run.dir=runs/${objective.name}'`.
+- `include: other.yaml` at the top of a file puts it on top of that one, whose path is relative to the file's own.
 - Types are strict: `run.steps=1.5`, `parallel.sequence=1` and unknown keys are errors, with exit status 2 and one line that names the
   field. Where a number is wanted, an integer will do.
 - `RUN/config.yaml` holds the resolved configuration, defaults included; it is itself a valid configuration file.

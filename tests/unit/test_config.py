@@ -70,6 +70,32 @@ def test_a_reference_follows_an_override(file: Path) -> None:
     assert load_config(file, ["objective.name=psr"]).run.dir == "runs/psr"
 
 
+def test_a_file_stands_on_the_one_that_it_includes(file: Path) -> None:
+    (file.parent / "more").mkdir()
+    above = file.parent / "more" / "above.yaml"
+    above.write_text("include: ../config.yaml\nobjective: {name: psr}\nrun: {dir: 'runs/${objective.name}'}\n")
+    top = file.parent / "top.yaml"
+    top.write_text("include: more/above.yaml\nrun: {steps: 9}\n")
+    config = load_config(top, ["data.prompts_per_step=16"])
+    assert (config.objective.name, config.run.dir, config.run.steps) == ("psr", "runs/psr", 9)
+    assert (config.objective.mini_batch_prompts, config.data.prompts_per_step) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        ("absent.yaml", "config {file}: include={folder}/absent.yaml: no such file"),
+        ("config.yaml", "config {file}: include={file} includes this file in turn"),
+        ("[a.yaml, b.yaml]", "config {file}: include=['a.yaml', 'b.yaml']: give one file's path, relative to this file"),
+        ("list.yaml", "config {folder}/list.yaml: a list"),
+    ],
+)
+def test_an_include_that_cannot_be_followed_is_named(file: Path, include: str, expected: str) -> None:
+    (file.parent / "list.yaml").write_text("- run\n")
+    file.write_text(f"include: {include}\n" + file.read_text())
+    assert message(file).startswith(expected.format(file=file, folder=file.parent))
+
+
 def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_FOLDER", "elsewhere")
     assert load_config(file, ["model.path=${oc.env:SOME_FOLDER}/hf"]).model.path == "elsewhere/hf"
