@@ -153,10 +153,9 @@ class TorchDistReader:
             with (self.directory / place.relative_path).open("rb", buffering=0) as file:
                 span = _Span(file, place.offset, place.length)
                 piece: Tensor = torch.load(span, map_location="meta", weights_only=True)
-                if piece.shape != chunk.sizes or piece.dtype != self.dtype(key):
-                    raise ValueError(
-                        f"a piece is {tuple(piece.shape)} {piece.dtype}, the index says {tuple(chunk.sizes)} {self.dtype(key)}"
-                    )
+                dtype = self.dtype(key)
+                if piece.shape != chunk.sizes or piece.dtype != dtype:
+                    raise ValueError(f"a piece is {tuple(piece.shape)} {piece.dtype}, the index says {tuple(chunk.sizes)} {dtype}")
                 start = getattr(piece.untyped_storage(), "_checkpoint_offset", None)
                 if start is not None and piece.is_contiguous() and not piece.storage_offset():
                     values = memoryview(_mapped(file))[place.offset + start :]
