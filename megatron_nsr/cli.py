@@ -92,17 +92,22 @@ def score(
     workers: Annotated[int, typer.Option(help="grader processes", min=1)] = 1,
     timeout_s: Annotated[float, typer.Option(help="deadline of one verdict, seconds", min=0.01)] = 10.0,
     grader: Annotated[str, typer.Option(help="math_verify, or a Grader's import path")] = "math_verify",
+    summary: Annotated[Path | None, typer.Option(help="where the scores go, as JSON that `compare` reads")] = None,
+    benchmark: Annotated[str | None, typer.Option(help="what the summary calls the problems; otherwise the file's name")] = None,
+    allow_uneven: Annotated[bool, typer.Option("--allow-uneven", help="questions may have unequally many samples")] = False,
 ) -> None:
-    """Grade anyone's samples and print Pass@k; needs neither a model nor a GPU."""
+    """Grade anyone's samples and print Pass@k and cons@k; needs neither a model nor a GPU."""
 
     def work() -> int:
         from rich.console import Console
 
         from megatron_nsr.config import RewardConfig
-        from megatron_nsr.evaluation.score import render, score_file
+        from megatron_nsr.evaluation.score import check_output, render, score_file, write_summary
 
-        limits = RewardConfig()
-        summary = score_file(
+        if summary is not None:
+            check_output("summary", summary, generations, out)
+        limits, name = RewardConfig(), benchmark or generations.stem
+        scores = score_file(
             generations,
             out,
             grader=grader,
@@ -110,8 +115,11 @@ def score(
             timeout_s=timeout_s,
             memory_limit_mib=limits.memory_limit_mib,
             cache_size=limits.cache_size,
+            allow_uneven=allow_uneven,
         )
-        Console().print(render(summary))
+        if summary is not None:
+            write_summary(summary, scores, source=generations, benchmark=name)
+        Console().print(render(scores, name))
         return DONE
 
     _exit(work)

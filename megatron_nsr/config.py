@@ -166,7 +166,20 @@ class CheckpointConfig(Section):
     )
 
 
+# How the paper samples its evaluations, by family of models (arXiv 2506.01347, section 3.1).
+EVALUATION_PRESETS: dict[str, dict[str, Any]] = {
+    "qwen2.5-math": {"samples": 256, "temperature": 0.6, "top_p": 0.95, "top_k": -1},
+    "llama3.1": {"samples": 256, "temperature": 0.6, "top_p": 0.95, "top_k": -1},
+    "qwen3": {"samples": 64, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+}
+
+
 class EvaluationConfig(Section):
+    preset: Literal["qwen2.5-math", "llama3.1", "qwen3"] | None = Field(
+        None,
+        description="the paper's samples, temperature, top_p and top_k for a family of models, where they are not given: 256, 0.6, 0.95 "
+        "and -1, or for qwen3 64, 0.7, 0.8 and 20",
+    )
     benchmarks: dict[str, str | None] = Field(default_factory=dict, description="name: file of problems; null leaves one out")
     every: NonNegative = Field(0, description="steps between evaluations in training; 0 evaluates at the end only")
     samples: Positive = Field(16, description="responses a problem, the n of Pass@k")
@@ -180,6 +193,17 @@ class EvaluationConfig(Section):
     entropy_samples: Positive = Field(
         1, description="responses a problem, drawn as in training, on which heldout/entropy and the log-prob gap are measured"
     )
+    part_samples: Positive = Field(
+        16384,
+        description="responses, about, that `evaluate` samples at a time and then keeps in RUN/eval: what an interruption loses at most",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """The preset's values where the config gives none."""
+        name = values.get("preset") if isinstance(values, dict) else None
+        return {**EVALUATION_PRESETS[name], **values} if isinstance(name, str) and name in EVALUATION_PRESETS else values
 
 
 class LoggingConfig(Section):

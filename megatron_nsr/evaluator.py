@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.table import Table
 
-from megatron_nsr.components import build_components, read_inputs
+from megatron_nsr.components import Components, build_components, read_inputs
 from megatron_nsr.config import Config, dump_config
+from megatron_nsr.evaluation.generations import Generations, check_settings, generation_settings, weights_digest
+from megatron_nsr.evaluation.results import render_result
 from megatron_nsr.observability.run_directory import RunDirectory, write_atomic, write_json
 from megatron_nsr.platform import distributed
 from megatron_nsr.recording import announce, check_gap
 from megatron_nsr.training.checkpoint_files import is_checkpoint, read_description
 from megatron_nsr.types import UserError
+from megatron_nsr.weights.checksums import policy_checksums
 
 
 def evaluate(config: Config) -> None:
     """Samples and grades `evaluation.benchmarks` with the weights of `model.path`; writes run.dir/eval/step_N.json.
 
     N is the checkpoint's step, 0 for a Hugging Face directory. The directory may be that of the run that wrote the checkpoint: nothing
-    else in it is changed.
+    else in it is changed. Generations are kept in run.dir/eval/step_N/BENCHMARK/, and those that are there are not sampled again; raises
+    UserError where they were made with other settings or weights.
     """
     if not any(config.evaluation.benchmarks.values()):
         raise UserError("evaluation.benchmarks: no benchmark is named; give at least one, as evaluation.benchmarks.MATH=FILE")
@@ -31,12 +36,16 @@ def evaluate(config: Config) -> None:
     run, path = RunDirectory(Path(config.run.dir)), Path(config.model.path)
     step = read_description(path)["step"] if is_checkpoint(path) else 0
     _refuse_mixing(run, path, step)
+    stop_ids = inputs.tokenizer.stop_ids
+    settings = {name: generation_settings(config, name, problems, stop_ids) for name, problems in inputs.benchmarks.items()}
+    for name, values in settings.items():
+        check_settings(run.generations(step, name), values)
     announce(config, inputs)
     with ExitStack() as stack:
         parts = build_components(config, inputs, stack)
         assert parts.benchmarks is not None
         parts.push(step)
-        evaluation = parts.benchmarks.run(step, parts.actor)
+        evaluation = parts.benchmarks.run(step, parts.actor, _kept(run, step, settings, _weights(parts, config)))
         check_gap(evaluation.metrics, "heldout", config.rollout.max_logprob_gap)
         if distributed.rank() == 0:
             if not run.config.is_file():
@@ -44,7 +53,7 @@ def evaluate(config: Config) -> None:
             write_json(run.evaluation(step), {"model": str(path), **evaluation.result})
             console = Console()
             for name, scores in evaluation.result["benchmarks"].items():
-                console.print(_table(name, scores))
+                console.print(render_result(name, scores))
             console.print(f"written to {run.evaluation(step)}")
 
 
@@ -59,10 +68,12 @@ def _refuse_mixing(run: RunDirectory, model: Path, step: int) -> None:
         raise UserError(f"run.dir={run.path}: {written.name} is the evaluation of model.path={other}; choose another run.dir")
 
 
-def _table(name: str, scores: dict[str, Any]) -> Table:
-    missing = f"; {scores['no_verdict']} samples have no verdict and count as not correct" if scores["no_verdict"] else ""
-    table = Table(title=f"{name}: {len(scores['problems'])} problems, {scores['n']} samples each{missing}", title_justify="left")
-    for k in scores["pass_at_k"]:
-        table.add_column(f"Pass@{k}", justify="right")
-    table.add_row(*(f"{100 * value:.1f} %" for value in scores["pass_at_k"].values()))
-    return table
+def _weights(parts: Components, config: Config) -> str:
+    """A name for the weights of `model.path`. A collective call."""
+    return weights_digest(policy_checksums(parts.push_plan, parts.actor.chunks, getattr(torch, config.model.dtype)))
+
+
+def _kept(run: RunDirectory, step: int, settings: Mapping[str, dict[str, Any]], weights: str) -> dict[str, Generations]:
+    return {
+        name: Generations(run.generations(step, name), values | {"model.path": f"weights {weights}"}) for name, values in settings.items()
+    }

@@ -1,6 +1,6 @@
 """Pass@k of the policy on benchmarks, and its entropy on their prompts.
 
-May import: config, types, training, rollout, rewards, data, observability, the rest of evaluation.
+May import: config, types, platform, training, rollout, rewards, data, observability, the rest of evaluation.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from typing import Any
 
 from megatron_nsr.config import EvaluationConfig, RewardConfig
 from megatron_nsr.data.prompts import PromptSet
-from megatron_nsr.evaluation.pass_at_k import default_ks, pass_at_k_curve
+from megatron_nsr.evaluation.generations import Generations
+from megatron_nsr.evaluation.results import benchmark_result
+from megatron_nsr.evaluation.votes import count_votes, same_by_math_verify
+from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rewards.sharing import grade_shared
 from megatron_nsr.rollout.engine import Sampling
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.types import Outcome, Prompt, Trajectory, Verdict
+from megatron_nsr.types import Prompt, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,10 @@ class Benchmarks:
         )
         self.plain = Sampling(temperature=training_temperature, max_tokens=max_response_tokens, stop_ids=stop_ids)
 
-    def run(self, step: int, actor: Actor) -> Evaluation:
+    def run(self, step: int, actor: Actor, keep: Mapping[str, Generations] | None = None) -> Evaluation:
         """Evaluates the weights that were pushed last. The samples' seeds are the same at every step.
+
+        keep: where the generations of each benchmark are kept; those that are there already are not sampled again.
 
         Entropy, and the log-prob gap that proves the push, are measured on samples of their own, drawn as in training: the
         evaluation's may be sharpened or cut.
@@ -64,9 +69,8 @@ class Benchmarks:
         measured: list[Trajectory] = []
         for name, problems in self.benchmarks.items():
             prompts = problems.prompts
-            trajectories = self.rollouts.generate(prompts, step=0, samples=self.settings.samples, sampling=self.sampling, purpose="eval")
-            verdicts = grade_shared(trajectories, prompts, self.graders, self.reward.truncated)
-            scored = score_benchmark(prompts, verdicts, self.settings.samples)
+            verdicts = self._verdicts(name, prompts, keep[name] if keep else None)
+            scored = self._scored(prompts, verdicts)
             result["benchmarks"][name] = {**scored, "too_long": problems.too_long}
             metrics |= {f"eval/{name}/pass@{k}": value for k, value in scored["pass_at_k"].items()}
             measured += self.rollouts.generate(
@@ -78,17 +82,26 @@ class Benchmarks:
             result[f"logprob_gap_{name}"] = metrics[f"heldout/logprob_gap_{name}"] = heldout[f"rollout/logprob_gap_{name}"]
         return Evaluation(result, metrics)
 
+    def _verdicts(self, name: str, prompts: Sequence[Prompt], kept: Generations | None) -> list[list[Verdict]]:
+        """The verdicts of each problem's samples; with `kept`, from what is there already and part by part to it."""
+        samples, writes = self.settings.samples, distributed.rank() == 0
+        done: list[list[Verdict]] = distributed.broadcast_object(kept.verdicts() if kept and writes else [])
+        part = max(1, self.settings.part_samples // samples) if kept else len(prompts)
+        for first in range(len(done), len(prompts), part):
+            some = prompts[first : first + part]
+            trajectories = self.rollouts.generate(some, step=0, samples=samples, sampling=self.sampling, purpose="eval")
+            verdicts = grade_shared(trajectories, some, self.graders, self.reward.truncated)
+            done += [verdicts[start : start + samples] for start in range(0, len(verdicts), samples)]
+            if kept and writes:
+                kept.append(some, trajectories, verdicts, first)
+                print(f"{name}: {len(done)} of {len(prompts)} problems", flush=True)
+        return done
 
-def score_benchmark(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], samples: int) -> dict[str, Any]:
-    """Counts per problem and the mean Pass@k; a sample without a verdict counts as not correct, and is reported."""
-    correct = [
-        sum(verdict.outcome is Outcome.CORRECT for verdict in verdicts[start : start + samples])
-        for start in range(0, len(verdicts), samples)
-    ]
-    curve = pass_at_k_curve(correct, [samples] * len(prompts), default_ks(samples))
-    return {
-        "n": samples,
-        "pass_at_k": {str(k): value for k, value in curve.items()},
-        "no_verdict": sum(verdict.outcome is Outcome.NONE for verdict in verdicts),
-        "problems": [{"id": prompt.id, "correct": count, "n": samples} for prompt, count in zip(prompts, correct, strict=True)],
-    }
+    def _scored(self, prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
+        """The benchmark's entry in the result, on every rank; rank 0 forms it."""
+        result: dict[str, Any] | None = None
+        if distributed.rank() == 0:
+            same = same_by_math_verify(self.graders) if self.reward.grader == "math_verify" else None
+            result = benchmark_result(prompts, verdicts, count_votes(verdicts, same))
+        formed: dict[str, Any] = distributed.broadcast_object(result)
+        return formed

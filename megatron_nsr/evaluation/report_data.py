@@ -18,16 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_nsr.evaluation.bootstrap import interval
 from megatron_nsr.evaluation.pass_at_k import pass_at_k
 from megatron_nsr.observability.metrics import read_metrics
 from megatron_nsr.observability.run_directory import RunDirectory, flatten
 from megatron_nsr.observability.samples import SampleRow, read_samples
 from megatron_nsr.observability.state import RunState, read_state
 from megatron_nsr.types import UserError
-
-RESAMPLES = 1000
-BOOTSTRAP_SEED = 20250601
-CHUNK = 100  # resamples drawn at once: [CHUNK, problems] counts live in memory
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def benchmark_names(runs: Sequence[RunData]) -> list[str]:
 
 def bootstrap_band(result: BenchmarkResult) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of the mean Pass@k over problems drawn with replacement: low, high, float64 [ks]."""
-    return _interval(result.per_problem)
+    return interval(result.per_problem)
 
 
 def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[int, tuple[float, float]]:
@@ -139,23 +136,8 @@ def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[
     common = [k for k in result.pass_at_k if k in base.pass_at_k]
     columns = [list(result.pass_at_k).index(k) for k in common]
     base_columns = [list(base.pass_at_k).index(k) for k in common]
-    low, high = _interval(result.per_problem[:, columns] - base.per_problem[:, base_columns])
+    low, high = interval(result.per_problem[:, columns] - base.per_problem[:, base_columns])
     return {k: (float(low[index]), float(high[index])) for index, k in enumerate(common)}
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles 2.5 and 97.5 of the bootstrapped column means of [problems, columns], NaN entries left out."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    problems = len(values)
-    known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
-    means = []
-    for _ in range(RESAMPLES // CHUNK):
-        counts = generator.multinomial(problems, np.full(problems, 1 / problems), size=CHUNK).astype(float)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append((counts @ filled) / (counts @ known))
-    low, high = np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return low, high
 
 
 def _load_run(path: Path, name: str) -> RunData:

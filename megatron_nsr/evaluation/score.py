@@ -1,12 +1,11 @@
-"""Grades samples that anyone generated, one JSON object a line, and summarises them as Pass@k.
+"""Grades samples that anyone generated, one JSON object a line, and summarises them as Pass@k and cons@k.
 
-May import: types, rewards and this package's estimator. Needs neither a model nor a GPU.
+May import: types, rewards, observability and this package's estimators. Needs neither a model nor a GPU.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,21 +17,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_nsr.evaluation.pass_at_k import default_ks, pass_at_k_curve
+from megatron_nsr.evaluation.results import benchmark_result, render_result
+from megatron_nsr.evaluation.votes import count_votes, same_by_math_verify
+from megatron_nsr.observability.run_directory import replacing, write_json
 from megatron_nsr.rewards.pool import GraderPool
-from megatron_nsr.types import Outcome, Prompt, UserError, Verdict
+from megatron_nsr.types import Prompt, UserError, Verdict
 
-_LINES_AT_ONCE = 8192  # what is in memory at a time
+_LINES_AT_ONCE = 8192  # responses in memory at a time
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """What `score` found. Ratios are over all samples; a sample without a verdict counts as not correct."""
+    """What `score` found. result: see evaluation/results.py; a sample without a verdict counts as not correct."""
 
-    samples: int
-    questions: int
-    samples_per_question: tuple[int, int]  # fewest, most
-    pass_at_k: dict[int, float]  # k: mean over questions, k up to the fewest samples of a question
+    result: dict[str, Any]
     outcomes: dict[str, int]  # Outcome value: samples
     reasons: dict[str, int]  # Reason value: samples
 
@@ -42,71 +40,98 @@ class _Sample:
     question_id: Any  # as it stood in the file
     response: str
     prompt: Prompt
+    line: int
 
 
 def score_file(
-    path: Path, out: Path, *, grader: str, workers: int, timeout_s: float, memory_limit_mib: int, cache_size: int
+    path: Path,
+    out: Path,
+    *,
+    grader: str,
+    workers: int,
+    timeout_s: float,
+    memory_limit_mib: int,
+    cache_size: int,
+    allow_uneven: bool = False,
 ) -> ScoreSummary:
     """Grades the samples of `path` and writes a verdict a line to `out`, in their order; `out` appears only when it is complete.
 
     A line has `question_id` (text or whole number), `response`, and `answer` or `label`; its other fields reach the grader as
-    `Prompt.extra`. A line of `out` has `question_id`, `outcome`, `reason` and `answer` (what was extracted, or null). Reward settings:
-    see GraderPool. Raises UserError naming file and line before anything is graded, and where the grader cannot be loaded.
+    `Prompt.extra`, and `level`, `type` and `subject` of a question's first line group the scores. A line of `out` has `question_id`,
+    `outcome`, `reason` and `answer` (what was extracted, or null). Reward settings: see GraderPool.
+
+    Raises UserError naming file and line before anything is graded, also where questions have unequally many samples (a file that was
+    cut short, say) and allow_uneven is not set; and where the grader cannot be loaded.
     """
-    _check_paths(path, out)
-    if not sum(1 for _ in _read(path)):
-        raise UserError(f"{path}: no samples; write one JSON object a line")
-    counts: dict[str, list[int]] = {}  # question: correct, total
-    outcomes: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    try:
-        with (
-            GraderPool(grader, workers=workers, timeout_s=timeout_s, memory_limit_mib=memory_limit_mib, cache_size=cache_size) as pool,
-            unfinished.open("w", encoding="utf-8") as file,
-        ):
-            for sample, verdict in _graded(path, pool):
-                _write(file, sample, verdict)
-                count = counts.setdefault(sample.prompt.id, [0, 0])
-                count[0] += verdict.outcome is Outcome.CORRECT
-                count[1] += 1
-                outcomes[verdict.outcome.value] += 1
-                reasons[verdict.reason.value] += 1
-        unfinished.replace(out)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return _summarise(counts, outcomes, reasons)
-
-
-def render(summary: ScoreSummary) -> RenderableType:
-    """Two tables for a terminal: Pass@k, and how the verdicts came about."""
-    fewest, most = summary.samples_per_question
-    each = str(fewest) if fewest == most else f"{fewest} to {most}"
-    curve = Table()
-    curve.add_column("k", justify="right")
-    curve.add_column("Pass@k", justify="right")
-    for k, value in summary.pass_at_k.items():
-        curve.add_row(str(k), f"{100 * value:.2f} %")
-    verdicts = Table()
-    for name in ("", "samples", "share"):
-        verdicts.add_column(name, justify="right" if name else "left")
-    for counts in (summary.outcomes, summary.reasons):
-        for name, count in counts.items():
-            verdicts.add_row(name, str(count), f"{100 * count / summary.samples:.2f} %")
-        verdicts.add_section()
-    heading = f"Pass@k over {summary.questions} questions, {each} samples each"  # not a title: that wraps at the table's width
-    return Group(Text(heading), curve, Text(f"Verdicts on {summary.samples} samples"), verdicts)
-
-
-def _check_paths(path: Path, out: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    check_output("out", out, path)
+    _check_counts(path, allow_uneven)
+    prompts: dict[str, Prompt] = {}
+    verdicts: dict[str, list[Verdict]] = {}
+    with (
+        GraderPool(grader, workers=workers, timeout_s=timeout_s, memory_limit_mib=memory_limit_mib, cache_size=cache_size) as pool,
+        replacing(out) as unfinished,
+    ):
+        with unfinished.open("w", encoding="utf-8") as file:
+            for sample, verdict in _graded(path, pool):
+                _write(file, sample, verdict)
+                prompts.setdefault(sample.prompt.id, sample.prompt)
+                verdicts.setdefault(sample.prompt.id, []).append(verdict)
+        votes = count_votes(list(verdicts.values()), same_by_math_verify(pool) if grader == "math_verify" else None)
+    every = [verdict for samples in verdicts.values() for verdict in samples]
+    return ScoreSummary(
+        result=benchmark_result(list(prompts.values()), list(verdicts.values()), votes),
+        outcomes=dict(Counter(verdict.outcome.value for verdict in every).most_common()),
+        reasons=dict(Counter(verdict.reason.value for verdict in every).most_common()),
+    )
+
+
+def write_summary(path: Path, summary: ScoreSummary, *, source: Path, benchmark: str) -> None:
+    """Writes the scores in the form of a run's eval/step_N.json, which `compare` reads; `model` is the file of samples."""
+    write_json(path, {"model": str(source), "step": 0, "benchmarks": {benchmark: summary.result}, "heldout_entropy": None})
+
+
+def render(summary: ScoreSummary, name: str) -> RenderableType:
+    """Tables for a terminal: Pass@k and cons@k, and how the verdicts came about."""
+    samples = sum(summary.outcomes.values())
+    verdicts = Table()
+    for column in ("", "samples", "share"):
+        verdicts.add_column(column, justify="right" if column else "left")
+    for counts in (summary.outcomes, summary.reasons):
+        for label, count in counts.items():
+            verdicts.add_row(label, str(count), f"{100 * count / samples:.2f} %")
+        verdicts.add_section()
+    return Group(render_result(name, summary.result), Text(f"Verdicts on {samples} samples"), verdicts)
+
+
+def check_output(field: str, out: Path, *taken: Path) -> None:
+    """Raises UserError unless `out`, the value of `field`, can be written and is none of the other files."""
     if not out.parent.is_dir():
-        raise UserError(f"out={out}: no directory {out.parent}")
+        raise UserError(f"{field}={out}: no directory {out.parent}")
     if out.is_dir():
-        raise UserError(f"out={out}: is a directory; name a file")
-    if out.exists() and out.samefile(path):
-        raise UserError(f"out={out}: is the file of samples itself; name another one")
+        raise UserError(f"{field}={out}: is a directory; name a file")
+    for other in taken:
+        if out.resolve() == other.resolve():
+            raise UserError(f"{field}={out}: is {other} itself; name another file")
+
+
+def _check_counts(path: Path, allow_uneven: bool) -> None:
+    """Reads every line once, and holds the questions to one number of samples."""
+    counts: Counter[str] = Counter()
+    last: dict[str, int] = {}
+    for sample in _read(path):
+        counts[sample.prompt.id] += 1
+        last[sample.prompt.id] = sample.line
+    if not counts:
+        raise UserError(f"{path}: no samples; write one JSON object a line")
+    usual = Counter(counts.values()).most_common(1)[0][0]
+    other = next((question for question, count in counts.items() if count != usual), None)
+    if other is not None and not allow_uneven:
+        raise UserError(
+            f"{path}:{last[other]}: question {other!r} ends here with {counts[other]} samples, where most questions have {usual}; complete "
+            f"the file, or allow it with --allow-uneven, which scores k up to the fewest, {min(counts.values())}"
+        )
 
 
 def _graded(path: Path, pool: GraderPool) -> Iterator[tuple[_Sample, Verdict]]:
@@ -125,19 +150,6 @@ def _write(file: TextIO, sample: _Sample, verdict: Verdict) -> None:
     file.write(json.dumps(record) + "\n")
 
 
-def _summarise(counts: dict[str, list[int]], outcomes: Counter[str], reasons: Counter[str]) -> ScoreSummary:
-    correct = [count[0] for count in counts.values()]
-    total = [count[1] for count in counts.values()]
-    return ScoreSummary(
-        samples=sum(total),
-        questions=len(counts),
-        samples_per_question=(min(total), max(total)),
-        pass_at_k=pass_at_k_curve(correct, total, default_ks(min(total))),
-        outcomes=dict(outcomes.most_common()),
-        reasons=dict(reasons.most_common()),
-    )
-
-
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
@@ -146,10 +158,10 @@ def _read(path: Path) -> Iterator[_Sample]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _sample(line, f"{path}:{number}")
+                yield _sample(line, f"{path}:{number}", number)
 
 
-def _sample(line: bytes, where: str) -> _Sample:
+def _sample(line: bytes, where: str, number: int) -> _Sample:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -166,7 +178,7 @@ def _sample(line: bytes, where: str) -> _Sample:
     answer = _field(record, where, name, numbers=(int, float))
     extra = {key: value for key, value in record.items() if key not in ("question_id", "response", name)}
     prompt = Prompt(id=str(question), text="", token_ids=(), answer=str(answer), extra=extra)
-    return _Sample(question, response, prompt)
+    return _Sample(question, response, prompt, number)
 
 
 def _field(record: dict[str, Any], where: str, name: str, numbers: tuple[type, ...]) -> Any:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from megatron_nsr.config import Config, dump_config, load_config
 from megatron_nsr.types import UserError
@@ -97,6 +98,10 @@ class RunDirectory:
 
     def evaluation(self, step: int) -> Path:
         return self.path / "eval" / f"step_{step}.json"
+
+    def generations(self, step: int, benchmark: str) -> Path:
+        """The directory of what an evaluation of a step's weights sampled."""
+        return self.path / "eval" / f"step_{step}" / quote(benchmark, safe=" ")
 
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step_{step}.parquet"

@@ -125,6 +125,13 @@ def _number(text: str) -> tuple[Fraction, bool] | None:
     return (sign * Fraction(int(match["num"] or match["num1"] or match["num2"]), denominator), True) if denominator else None
 
 
+def value_or_text(answer: str) -> Fraction | str:
+    """Equal for answers that are the same plain number, or the same text after light normalisation."""
+    plain = normalize(answer)
+    number = _number(plain)
+    return plain if number is None else number[0]
+
+
 def _compare_numbers(answer: str, gold: str) -> bool | None:
     """Decides where both are plain numbers; None where rounding would decide, or either is something else."""
     left, right = _number(answer), _number(gold)

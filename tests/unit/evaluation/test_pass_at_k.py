@@ -4,6 +4,7 @@ from fractions import Fraction
 from itertools import combinations
 from math import comb, isfinite
 
+import numpy as np
 import pytest
 
 from megatron_nsr.evaluation.pass_at_k import default_ks, pass_at_k, pass_at_k_curve
@@ -37,6 +38,21 @@ def test_finite_and_monotone_at_ten_thousand_samples() -> None:
         assert values == sorted(values)
     assert pass_at_k(1, n, 1) == 1e-4
     assert pass_at_k(1, n, n) == 1.0
+
+
+def product_form(n: int, correct: int, k: int) -> float:
+    """The estimator as it is usually programmed: 1 minus the product of (1 - k / i) for i from n - correct + 1 to n."""
+    if n - correct < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
+
+
+def test_agrees_with_the_product_form_on_random_counts() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(3000):
+        n = int(generator.integers(1, 300))
+        correct, k = int(generator.integers(0, n + 1)), int(generator.integers(1, n + 1))
+        assert pass_at_k(correct, n, k) == pytest.approx(product_form(n, correct, k), abs=1e-12)
 
 
 @pytest.mark.parametrize(("correct", "n", "k"), [(-1, 4, 1), (5, 4, 1), (1, 4, 0), (1, 4, 5)])
