@@ -143,6 +143,36 @@ def report(
 
 
 @app.command()
+def compare(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(
+            help="run directories, for all their evaluations, or eval/step_N.json files; the first is what others are compared with",
+            metavar="EVALUATION...",
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="all numbers, as FILE.csv or FILE.json")] = None,
+    plot: Annotated[Path | None, typer.Option(help="the Pass@k curves with their bands, as FILE.png")] = None,
+) -> None:
+    """Many checkpoints in one table and one picture: Pass@k and cons@k with 95 % intervals."""
+
+    def work() -> int:
+        from rich.console import Console
+
+        from megatron_nsr.evaluation.comparison import comparison_records, comparison_table, load_evaluations, write_picture, write_records
+
+        found = load_evaluations(evaluations)
+        if out is not None:
+            write_records(out, comparison_records(found))
+        if plot is not None:
+            write_picture(plot, found)
+        Console().print(comparison_table(found))
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what works here, what is missing and how to get it."""
 

@@ -102,7 +102,7 @@ class Generations:
         for part in self.parts():
             rows = _read(part, _VERDICT_COLUMNS)
             if not rows or rows[0]["problem"] != len(found):
-                raise UserError(f"{part}: does not go on with problem {len(found)}; remove it and the later parts to sample them again")
+                raise UserError(f"{part}: does not go on with problem {len(found)}; remove it and the later ones to sample them again")
             for row in rows:
                 if row["problem"] == len(found):
                     found.append([])
@@ -142,5 +142,7 @@ def _read(part: Path, columns: list[str]) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pq.read_table(part, columns=columns).to_pylist()
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{part}: not a part of an evaluation ({str(error).splitlines()[0]}); remove it to sample it again") from None
+        raise UserError(
+            f"{part}: not a part of an evaluation ({str(error).splitlines()[0]}); remove it and the later ones to sample them again"
+        ) from None
     return rows

@@ -178,3 +178,25 @@ def test_defaults_are_the_paper_s() -> None:
     assert (config.data.prompts_per_step, config.rollout.samples_per_prompt, config.objective.mini_batch_prompts) == (1024, 8, 256)
     assert (config.objective.eps_low, config.objective.eps_high, config.objective.entropy_coefficient) == (0.2, 0.2, 1e-4)
     assert (config.objective.lambda_, config.optimizer.learning_rate, config.rollout.temperature) == (0.1, 1e-6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sampling"),
+    [
+        ("qwen2.5-math", (256, 0.6, 0.95, -1)),
+        ("llama3.1", (256, 0.6, 0.95, -1)),
+        ("qwen3", (64, 0.7, 0.8, 20)),
+        ("null", (16, 0.6, 0.95, -1)),
+    ],
+)
+def test_an_evaluation_preset_sets_the_paper_s_sampling(file: Path, preset: str, sampling: tuple[int, float, float, int]) -> None:
+    found = load_config(file, [f"evaluation.preset={preset}"])
+    assert (found.evaluation.samples, found.evaluation.temperature, found.evaluation.top_p, found.evaluation.top_k) == sampling
+    assert parse_config(yaml.safe_load(dump_config(found))) == found
+
+
+def test_what_is_given_beside_a_preset_counts(file: Path) -> None:
+    found = load_config(file, ["evaluation.preset=qwen3", "evaluation.samples=8", "evaluation.top_k=-1"]).evaluation
+    assert (found.samples, found.temperature, found.top_p, found.top_k) == (8, 0.7, 0.8, -1)
+    assert "evaluation.preset='qwen4': input should be 'qwen2.5-math'" in message(file, "evaluation.preset=qwen4")
+    assert "evaluation.temperature='hot'" in message(file, "evaluation.preset=qwen3", "evaluation.temperature=hot")
