@@ -46,10 +46,7 @@ def read_rows(path: str | Path, *, field: str, limit: int | None = None) -> tupl
     an unknown suffix, a broken file, no rows, no question or answer, two rows with one id.
     """
     place = f"{field}={path}"
-    records = _read_records(Path(path), place, limit)
-    if not records:
-        raise UserError(f"{place}: it has no rows; give a file with {_SCHEMA}")
-    rows = tuple(_Reader(place, Path(path).stem, records).rows())
+    rows = rows_of(read_records(Path(path), place, limit), place, Path(path).stem)
     seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         if row.id in seen:
@@ -60,11 +57,21 @@ def read_rows(path: str | Path, *, field: str, limit: int | None = None) -> tupl
     return rows
 
 
+def rows_of(records: list[dict[str, Any]], place: str, stem: str, *, all_may_be_empty: bool = False) -> tuple[Row, ...]:
+    """The rows that the records of one file describe; see `read_rows`.
+
+    place: the file, as messages name it; stem: its name; all_may_be_empty: takes a file whose every answer is empty, one of many.
+    """
+    if not records:
+        raise UserError(f"{place}: it has no rows; give a file with {_SCHEMA}")
+    return tuple(_Reader(place, stem, records, all_may_be_empty).rows())
+
+
 class _Reader:
     """Finds the columns of one file, then turns its records into rows."""
 
-    def __init__(self, place: str, stem: str, records: list[dict[str, Any]]) -> None:
-        self._place, self._stem, self._records = place, stem, records
+    def __init__(self, place: str, stem: str, records: list[dict[str, Any]], all_may_be_empty: bool) -> None:
+        self._place, self._stem, self._records, self._all_may_be_empty = place, stem, records, all_may_be_empty
         self._columns = list(dict.fromkeys(itertools.chain.from_iterable(records)))
 
     def rows(self) -> list[Row]:
@@ -73,9 +80,9 @@ class _Reader:
         return [self._row(index, record, questions[index], answers[index]) for index, record in enumerate(self._records)]
 
     def _collect(self, what: str, get: Callable[[dict[str, Any]], tuple[str, Any] | None]) -> list[tuple[str, Any]]:
-        """(column, value) of every row; all rows must have one, and not all may be empty."""
+        """(column, value) of every row; all rows must have one."""
         found = [get(record) for record in self._records]
-        if not any(item and item[1] != "" for item in found):
+        if not any(item and (item[1] != "" or self._all_may_be_empty) for item in found):
             raise UserError(f"{self._place}: no {what}s in its columns {', '.join(self._columns)}; give {_SCHEMA}")
         missing = [index for index, item in enumerate(found) if item is None]
         if missing:
@@ -154,7 +161,8 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
 
 
-def _read_records(path: Path, place: str, limit: int | None) -> list[dict[str, Any]]:
+def read_records(path: Path, place: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The first `limit` records of a file or saved data set, as they stand there; raises UserError as `read_rows` does."""
     if not path.exists():
         raise UserError(f"{place}: no such file or directory")
     if path.is_dir():
