@@ -37,10 +37,11 @@ def prepare(train: list[str], test: list[str], validation: int, seed: int) -> di
 
     Raises UserError naming what is wrong, file and row included.
     """
-    tests = {name: _answered(path, name) for name, path in _named("--test", test)}
-    for name in tests:
+    sets = _named("--test", test)
+    for name, _ in sets:
         if name in (TRAIN, VALIDATION):
             raise UserError(f"--test={name}: this name is taken by the training problems; choose another")
+    tests = {name: _answered(path, name) for name, path in sets}
     read = [problem for name, path in _named("--train", train) for problem in read_published(path, field="--train", source=f"{name}/train")]
     answered = [problem for problem in read if problem.answer]
     fresh = without(answered, [problem for problems in tests.values() for problem in problems])
