@@ -16,7 +16,7 @@ from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.types import Outcome, Prompt, Verdict
 
 SHUFFLES = 64  # of a problem's responses, each cut into n // k blocks of k
-COMPARED = 16  # distinct wrong answers of a problem that are compared with one another, the most frequent ones
+COMPARED = 8  # distinct wrong answers of a problem that are compared with one another, the most frequent ones
 SEED = 20250601
 
 SameAnswers = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]  # for (answer, other answer): whether they are equivalent
@@ -29,6 +29,20 @@ class Votes:
 
     labels: np.ndarray
     correct: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrong:
+    """A problem's wrong answer: its key, as it was first given, and how often."""
+
+    key: Hashable
+    text: str
+    count: int
+
+    @property
+    def is_number(self) -> bool:
+        """Numbers that differ as such need no comparison."""
+        return isinstance(self.key, Fraction)
 
 
 def same_by_math_verify(pool: GraderPool) -> SameAnswers:
@@ -45,9 +59,9 @@ def count_votes(verdicts: Sequence[Sequence[Verdict]], same: SameAnswers | None)
     """Which responses of a problem agree; verdicts: those of each problem's samples.
 
     A response without an answer (no box, out of tokens, grader lost) does not vote. With `same`, answers are mathematics: all correct
-    ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so (asked for the COMPARED
-    most frequent wrong answers of a problem only). Without it, answers agree as texts. None where a correct verdict names no answer:
-    such a grader cannot be voted on.
+    ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so. It is asked for the
+    COMPARED most frequent wrong answers of a problem, and not for two that were given once: parsing is slow. Without it, answers agree
+    as texts. None where a correct verdict names no answer: such a grader cannot be voted on.
     """
     if any(verdict.outcome is Outcome.CORRECT and verdict.answer is None for samples in verdicts for verdict in samples):
         return None
@@ -100,16 +114,16 @@ def _key(verdict: Verdict, *, mathematical: bool) -> Hashable:
     return value_or_text(verdict.answer)
 
 
-def _frequent_wrong(keys: Sequence[Hashable], verdicts: Sequence[Verdict]) -> list[tuple[Hashable, str]]:
-    """(key, answer as it was first given) of the most frequent wrong answers."""
+def _frequent_wrong(keys: Sequence[Hashable], verdicts: Sequence[Verdict]) -> list[_Wrong]:
+    """The most frequent wrong answers."""
     texts: dict[Hashable, str] = {}
     for key, verdict in zip(keys, verdicts, strict=True):
         if verdict.answer is not None and key != _CORRECT:
             texts.setdefault(key, verdict.answer)
-    return [(key, texts[key]) for key, _ in Counter(key for key in keys if key in texts).most_common(COMPARED)]
+    return [_Wrong(key, texts[key], count) for key, count in Counter(key for key in keys if key in texts).most_common(COMPARED)]
 
 
-def _merge(wrong: Sequence[list[tuple[Hashable, str]]], same: SameAnswers) -> list[dict[Hashable, Hashable]]:
+def _merge(wrong: Sequence[list[_Wrong]], same: SameAnswers) -> list[dict[Hashable, Hashable]]:
     """For each problem: a wrong answer's key to that of the more frequent answer that it equals. All problems share each round."""
     pending = [list(answers) for answers in wrong]
     merged: list[dict[Hashable, Hashable]] = [{} for _ in wrong]
@@ -118,18 +132,13 @@ def _merge(wrong: Sequence[list[tuple[Hashable, str]]], same: SameAnswers) -> li
         for problem, answers in enumerate(pending):
             if answers:
                 first = answers.pop(0)
-                pairs += [(problem, other, first) for other in answers if not (_is_number(other) and _is_number(first))]
-        equal = same([(other[1], first[1]) for _, other, first in pairs])
+                pairs += [(problem, other, first) for other in answers if first.count > 1 and not (other.is_number and first.is_number)]
+        equal = same([(other.text, first.text) for _, other, first in pairs])
         for (problem, other, first), yes in zip(pairs, equal, strict=True):
             if yes:
-                merged[problem][other[0]] = first[0]
+                merged[problem][other.key] = first.key
                 pending[problem].remove(other)
     return merged
-
-
-def _is_number(answer: tuple[Hashable, str]) -> bool:
-    """Numbers that differ as such need no comparison."""
-    return isinstance(answer[0], Fraction)
 
 
 def _votes(keys: Sequence[Hashable], verdicts: Sequence[Verdict]) -> Votes:

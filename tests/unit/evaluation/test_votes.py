@@ -100,14 +100,14 @@ def test_a_grader_that_names_no_answers_cannot_be_voted_on() -> None:
 
 def test_wrong_expressions_are_merged_by_math_verify() -> None:
     problems = [
-        [wrong("x+1"), wrong("y"), wrong("1+x"), wrong(r"\sqrt{12}"), wrong(r"2\sqrt{3}"), wrong("x+1")],
+        [wrong("x+1"), wrong("y"), wrong("1+x"), wrong(r"\sqrt{12}"), wrong(r"2\sqrt{3}"), wrong("x+1"), wrong(r"\sqrt{12}")],
         [wrong("2"), wrong("5"), right("3")],
         [wrong(r"\pi r")] * 2 + [wrong(r"r\pi")],
     ]
     with GraderPool("math_verify", workers=1, timeout_s=20, memory_limit_mib=512, cache_size=100) as pool:
         votes = count_votes(problems, same_by_math_verify(pool))
     assert votes is not None
-    assert [item.labels.tolist() for item in votes] == [[0, 1, 0, 2, 2, 0], [0, 1, 2], [0, 0, 0]]
+    assert [item.labels.tolist() for item in votes] == [[0, 1, 0, 2, 2, 0, 2], [0, 1, 2], [0, 0, 0]]
 
 
 def test_only_the_most_frequent_wrong_answers_are_compared_and_numbers_never() -> None:
@@ -121,3 +121,6 @@ def test_only_the_most_frequent_wrong_answers_are_compared_and_numbers_never() -
     count_votes([[wrong(text) for text in texts for _ in range(30 - texts.index(text))], [wrong(str(number)) for number in range(9)]], same)
     assert len(asked) == COMPARED * (COMPARED - 1) // 2
     assert {text for pair in asked for text in pair} == set(texts[:COMPARED])
+    asked.clear()
+    count_votes([[wrong(text) for text in ("x", "x", "y", "z")]], same)
+    assert asked == [("y", "x"), ("z", "x")]  # not those that were given once
