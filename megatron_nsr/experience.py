@@ -16,6 +16,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.data.tokenizers import Tokenizer
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch, token_scales
 from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.observability.response_metrics import response_metrics
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rewards.sharing import grade_shared
 from megatron_nsr.rollout.engine import Sampling
@@ -75,7 +76,7 @@ class GradedRollouts:
             normalization=settings.normalization,
         )
         kept = sum(len(mini_batch) for mini_batch in batch.mini_batches)
-        metrics = {**verdict_metrics(verdicts, samples), **trajectory_metrics(trajectories), "policy/kept_ratio": kept / len(trajectories)}
+        metrics = {**response_metrics(trajectories, verdicts, samples), "policy/kept_ratio": kept / len(trajectories)}
         metrics["rollout/staleness"] = float(np.mean([step - 1 - trajectory.weight_version for trajectory in trajectories]))
         return Experience(batch, trajectories, verdicts, metrics)
 
@@ -132,25 +133,3 @@ def require_responses(prompts: Sequence[Prompt], path: str) -> None:
     for prompt in prompts:
         if prompt.response is None:
             raise UserError(f"data.train={path}: problem {prompt.id} has no `response`, which objective.name=supervised learns from")
-
-
-def verdict_metrics(verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:
-    """Ratios over samples that have a verdict, and over prompts for fully and never solved; `no_verdict` is over all."""
-    rewards = np.array([np.nan if verdict.reward is None else verdict.reward for verdict in verdicts])
-    judged = ~np.isnan(rewards)
-    metrics = {"reward/no_verdict_ratio": 1.0 - float(judged.mean())}
-    if judged.any():
-        correct = (rewards > 0).reshape(-1, samples_per_prompt)
-        wrong = (rewards < 0).reshape(-1, samples_per_prompt)
-        metrics["reward/correct_ratio"] = float(correct.sum() / judged.sum())
-        metrics["reward/fully_solved_ratio"] = float((correct.any(1) & ~wrong.any(1)).mean())
-        metrics["reward/never_solved_ratio"] = float((wrong.any(1) & ~correct.any(1)).mean())
-    return metrics
-
-
-def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    return {
-        "reward/truncated_ratio": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-        "rollout/response_tokens_mean": float(np.mean([trajectory.length for trajectory in trajectories])),
-        "rollout/weight_version": float(trajectories[0].weight_version),
-    }
