@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_nsr.clock import PhaseClock
 from megatron_nsr.config import Config
+from megatron_nsr.data.references import reference_trajectory
 from megatron_nsr.data.tokenizers import Tokenizer
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch, token_scales
 from megatron_nsr.objectives.objective import Objective
@@ -97,7 +98,7 @@ class References:
         self.tokenizer, self.aggregation = tokenizer, config.objective.aggregation
 
     def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
-        trajectories = [self._trajectory(index, prompt) for index, prompt in enumerate(prompts)]
+        trajectories = [reference_trajectory(self.tokenizer, index, prompt) for index, prompt in enumerate(prompts)]
         scales = token_scales(trajectories, trajectories, self.aggregation)
         samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
         return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
@@ -112,20 +113,6 @@ class References:
         """The loss is the mean negative log-prob; what compares with an engine or splits by sign has no meaning here."""
         kept = ("policy/learning_rate", "policy/updates", "policy/grad_norm", "policy/entropy", "policy/logprob")
         return {"supervised/loss": -metrics["policy/logprob"], **{name: metrics[name] for name in kept}}
-
-    def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
-        assert prompt.response is not None  # require_responses
-        ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]]
-        return Trajectory(
-            prompt=index,
-            sample=0,
-            prompt_ids=prompt.token_ids,
-            response_ids=np.asarray(ids, np.int32),
-            rollout_logprobs=np.zeros(len(ids), np.float32),
-            finish_reason="stop",
-            weight_version=0,
-            text=prompt.response,
-        )
 
 
 def require_responses(prompts: Sequence[Prompt], path: str) -> None:

@@ -127,6 +127,12 @@ def last_step(path: Path) -> int:
     return int(records[-1]["step"]) if records else 0
 
 
+def steps_by(path: Path, name: str) -> list[int]:
+    """The steps that logged a finite value of the metric, the highest value first, and the earlier step of equal ones."""
+    found = {int(record["step"]): float(record[name]) for record in read_metrics(path) if record.get(name) is not None}
+    return sorted(found, key=lambda step: (-found[step], step))
+
+
 def truncate_after(path: Path, step: int) -> None:
     """Drops the lines of later steps and a torn last line, so that a resumed run continues after `step`."""
     if path.is_file():
