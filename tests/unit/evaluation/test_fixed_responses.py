@@ -16,6 +16,7 @@ from megatron_nsr.types import Prompt, Trajectory, UserError
 from tests.plain_entropy import random_responses
 
 STOP = 7
+PLAIN = Sampling(temperature=1.0, max_tokens=4, stop_ids=(STOP,))
 
 
 class Letters:
@@ -33,7 +34,7 @@ class Engine:
 
     prompts: list[Prompt]
     draws: int = 0
-    plain: Sampling = Sampling(temperature=1.0, max_tokens=4, stop_ids=(STOP,))
+    plain: Sampling = PLAIN
 
     @property
     def benchmarks(self) -> dict[str, PromptSet]:
