@@ -95,7 +95,10 @@ def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Cal
 
 
 def test_the_examples_train_together_at_a_parallel_layout(small: Small, tmp_path: Path) -> None:
-    """An objective with a loss of its own, a reward of its own and a data set of its own, in one run; then its metrics in pandas."""
+    """An objective with a loss of its own, a reward of its own and a data set of its own, in one run; then its metrics in pandas.
+
+    Each of its steps is evaluated, and so has a checkpoint that validation may choose.
+    """
     run, data = tmp_path / "run", tmp_path / "own.jsonl"
     table = [json.loads(line) for line in small.data("train").read_text().splitlines()[:64]]
     lines = [f"{' '.join(map(str, row['numbers']))},{row['target']},{row['answer']}" for row in table]
@@ -103,7 +106,8 @@ def test_the_examples_train_together_at_a_parallel_layout(small: Small, tmp_path
     assert own_dataset.convert(tmp_path / "own.csv", data) == 64
     own = ["objective.name=examples.own_objective:SequenceRatio", "reward.grader=examples.own_reward:FirstAttempt", f"data.train={data}"]
     ranks, overrides = LAYOUTS["tensor"]
-    finished(start(small.nsr(run, *own, "run.steps=2", *overrides), tmp_path / "log", ranks=ranks), 0)
+    own += ["checkpoint.every=100", "evaluation.every=1", "run.steps=2"]
+    finished(start(small.nsr(run, *own, *overrides), tmp_path / "log", ranks=ranks), 0)
     check_complete(run, 2)
     assert all(step["policy/updates"] == 2 and step["policy/grad_norm"] > 0 for step in values(run))
     samples = read_samples(RunDirectory(run).samples(2))
