@@ -5,6 +5,7 @@ May import: everything below the trainer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -68,12 +69,16 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
         _check_own_loss(objective, config)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
-    train, sampler, validation = _read_train(config, tokenizer, config.data.train) if training and config.data.train else (None, None, {})
     benchmarks = {
         name: _read(config, tokenizer, path, _field(name), config.evaluation.limit)
         for name, path in config.evaluation.benchmarks.items()
         if path is not None
-    } | validation
+    }
+    train = sampler = None
+    if training and config.data.train:
+        train, validation = _read_train(config, tokenizer, config.data.train, benchmarks)
+        sampler = PromptSampler(len(train.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle)
+        benchmarks |= validation
     _check_lengths(config, shape.max_positions, train, benchmarks)
     samples = objective is not None or bool(benchmarks)
     return Inputs(
@@ -162,18 +167,21 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
     return stack.enter_context(rollouts)  # closes the engine too
 
 
-def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[PromptSet, PromptSampler, dict[str, PromptSet]]:
-    """What is trained on, its sampler, and the problems of data.validation as a benchmark."""
+def _read_train(
+    config: Config, tokenizer: Tokenizer, path: str, benchmarks: Mapping[str, PromptSet]
+) -> tuple[PromptSet, dict[str, PromptSet]]:
+    """What is trained on, and the problems of data.validation as one more benchmark where there are any."""
     data, validation = config.data, dict[str, PromptSet]()
     train = _read(config, tokenizer, path, "data.train", data.limit)
     if isinstance(data.validation, str):
-        validation[VALIDATION] = _read(config, tokenizer, data.validation, "data.validation", None)
-        require_disjoint(train, validation[VALIDATION], data.validation)
+        validation[VALIDATION] = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
+        others = {"data.train": train} | {_field(name): problems for name, problems in benchmarks.items()}
+        require_disjoint(validation[VALIDATION], data.validation, others)
     elif data.validation is not None:
         train, validation[VALIDATION] = hold_out(train, data.validation, seed=data.validation_seed)
     if config.objective.name == "supervised":
         require_responses(train.prompts, path)
-    return train, PromptSampler(len(train.prompts), data.prompts_per_step, seed=config.run.seed, shuffle=data.shuffle), validation
+    return train, validation
 
 
 def _check_own_loss(objective: Objective, config: Config) -> None:

@@ -5,6 +5,8 @@ May import: numpy, types, the rest of data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from megatron_nsr.data.prompts import PromptSet
@@ -31,15 +33,16 @@ def hold_out(train: PromptSet, count: int, *, seed: int) -> tuple[PromptSet, Pro
     return PromptSet(kept, train.too_long), PromptSet(tuple(train.prompts[index] for index in sorted(first)), 0)
 
 
-def require_disjoint(train: PromptSet, validation: PromptSet, path: str) -> None:
-    """Raises UserError where a problem of data.validation=`path` is also trained on."""
-    trained = {_problem(prompt) for prompt in train.prompts}
-    both = [prompt.id for prompt in validation.prompts if _problem(prompt) in trained]
-    if both:
-        raise UserError(
-            f"data.validation={path}: {len(both)} of its {len(validation.prompts)} problems are in data.train too, the first is {both[0]}; "
-            "take them out of one of the two"
-        )
+def require_disjoint(validation: PromptSet, path: str, others: Mapping[str, PromptSet]) -> None:
+    """Raises UserError where a problem of data.validation=`path` is also trained on, or judged by. others: by their config field."""
+    for field, other in others.items():
+        known = {_problem(prompt) for prompt in other.prompts}
+        both = [prompt.id for prompt in validation.prompts if _problem(prompt) in known]
+        if both:
+            raise UserError(
+                f"data.validation={path}: {len(both)} of its {len(validation.prompts)} problems are in {field} too, "
+                f"the first is {both[0]}; take them out of one of the two"
+            )
 
 
 def _problem(prompt: Prompt) -> str:

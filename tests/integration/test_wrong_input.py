@@ -170,6 +170,8 @@ def test_validation_problems_that_are_trained_on_are_refused(refuse: Refuse, sma
     (tmp_path / "validation.jsonl").write_text("\n".join(lines))
     message = refuse(small.nsr(small.root / "new", f"data.validation={tmp_path / 'validation.jsonl'}"))
     assert "validation.jsonl: 1 of its 2 problems are in data.train too, the first is train-0; take them out" in message
+    message = refuse(small.nsr(small.root / "new", f"data.validation={small.data('test')}"))
+    assert "test.jsonl: 8 of its 100 problems are in evaluation.benchmarks.puzzle too, the first is test-0; take them out" in message
 
 
 def test_a_model_without_weights_is_refused(refuse: Refuse, small: Small) -> None:

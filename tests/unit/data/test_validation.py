@@ -35,7 +35,7 @@ def test_nothing_is_on_both_sides_and_only_copies_get_lost(texts: list[str], cou
     assert [prompt for prompt in data.prompts if prompt.text not in held] == list(train.prompts)
     assert list(validation.prompts) == sorted(validation.prompts, key=lambda prompt: data.prompts.index(prompt))
     assert hold_out(data, count, seed=seed) == (train, validation)
-    require_disjoint(train, validation, "validation.jsonl")
+    require_disjoint(validation, "validation.jsonl", {"data.train": train})
 
 
 def test_the_seed_chooses_and_stays_what_it_was() -> None:
@@ -45,7 +45,9 @@ def test_the_seed_chooses_and_stays_what_it_was() -> None:
     assert ids(hold_out(data, 4, seed=1)[1]) != GOLDEN
 
 
-def test_a_file_that_shares_a_problem_with_the_training_data_is_refused() -> None:
+def test_a_file_that_shares_a_problem_with_what_is_trained_on_or_judged_by_is_refused() -> None:
     train, file = prompts("1 + 1", "2 + 2"), prompts("3 + 3", " 2  +\n2 ", "1 + 1")
     with pytest.raises(UserError, match=r"data\.validation=v\.jsonl: 2 of its 3 problems are in data\.train too, the first is p/1; take"):
-        require_disjoint(train, file, "v.jsonl")
+        require_disjoint(file, "v.jsonl", {"evaluation.benchmarks.MATH": prompts("5 + 5"), "data.train": train})
+    with pytest.raises(UserError, match=r"1 of its 1 problems are in evaluation\.benchmarks\.MATH too, the first is p/0"):
+        require_disjoint(prompts("5 + 5"), "v.jsonl", {"data.train": train, "evaluation.benchmarks.MATH": prompts("5 + 5")})
