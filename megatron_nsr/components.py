@@ -5,6 +5,7 @@ May import: everything below the trainer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.data.prompts import PromptSet, load_prompts
 from megatron_nsr.data.sampler import PromptSampler
 from megatron_nsr.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_nsr.data.validation import hold_out, require_disjoint
 from megatron_nsr.evaluation.benchmarks import Benchmarks
 from megatron_nsr.experience import ExperienceSource, GradedRollouts, References, require_responses
 from megatron_nsr.models.backends import Backend, choose_backend
@@ -32,6 +34,8 @@ from megatron_nsr.weights.checksums import policy_checksums
 from megatron_nsr.weights.gathering import execute_push_plan, plan_for
 from megatron_nsr.weights.push_plan import MIB, PushPlan
 
+VALIDATION = "validation"  # the benchmark that data.validation makes
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -42,7 +46,7 @@ class Inputs:
     backend: Backend
     train: PromptSet | None
     sampler: PromptSampler | None  # of `train`
-    benchmarks: dict[str, PromptSet]
+    benchmarks: dict[str, PromptSet]  # data.validation among them, as `validation`
     objective: Objective | None  # None: supervised
     server_weights: frozenset[str]  # HF names; empty where the engine is no server
 
@@ -65,12 +69,16 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
         _check_own_loss(objective, config)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
-    train, sampler = _read_train(config, tokenizer, config.data.train) if training and config.data.train else (None, None)
     benchmarks = {
-        name: _read(config, tokenizer, path, f"evaluation.benchmarks.{name}", config.evaluation.limit)
+        name: _read(config, tokenizer, path, _field(name), config.evaluation.limit)
         for name, path in config.evaluation.benchmarks.items()
         if path is not None
     }
+    train = sampler = None
+    if training and config.data.train:
+        train, validation = _read_train(config, tokenizer, config.data.train, benchmarks)
+        sampler = PromptSampler(len(train.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle)
+        benchmarks |= validation
     _check_lengths(config, shape.max_positions, train, benchmarks)
     samples = objective is not None or bool(benchmarks)
     return Inputs(
@@ -159,12 +167,21 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
     return stack.enter_context(rollouts)  # closes the engine too
 
 
-def _read_train(config: Config, tokenizer: Tokenizer, path: str) -> tuple[PromptSet, PromptSampler]:
-    data = config.data
+def _read_train(
+    config: Config, tokenizer: Tokenizer, path: str, benchmarks: Mapping[str, PromptSet]
+) -> tuple[PromptSet, dict[str, PromptSet]]:
+    """What is trained on, and the problems of data.validation as one more benchmark where there are any."""
+    data, validation = config.data, dict[str, PromptSet]()
     train = _read(config, tokenizer, path, "data.train", data.limit)
+    if isinstance(data.validation, str):
+        validation[VALIDATION] = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
+        others = {"data.train": train} | {_field(name): problems for name, problems in benchmarks.items()}
+        require_disjoint(validation[VALIDATION], data.validation, others)
+    elif data.validation is not None:
+        train, validation[VALIDATION] = hold_out(train, data.validation, seed=data.validation_seed)
     if config.objective.name == "supervised":
         require_responses(train.prompts, path)
-    return train, PromptSampler(len(train.prompts), data.prompts_per_step, seed=config.run.seed, shuffle=data.shuffle)
+    return train, validation
 
 
 def _check_own_loss(objective: Objective, config: Config) -> None:
@@ -184,7 +201,7 @@ def _check_own_loss(objective: Objective, config: Config) -> None:
 
 def _check_lengths(config: Config, max_positions: int, train: PromptSet | None, benchmarks: dict[str, PromptSet]) -> None:
     """Raises UserError where a prompt and a full response are longer than the model can read: the response would be cut short silently."""
-    sets = {"data.train": train} | {f"evaluation.benchmarks.{name}": prompts for name, prompts in benchmarks.items()}
+    sets = {"data.train": train} | {_field(name): prompts for name, prompts in benchmarks.items()}
     for field, prompts in sets.items():
         if prompts is None:
             continue
@@ -197,6 +214,11 @@ def _check_lengths(config: Config, max_positions: int, train: PromptSet | None, 
                 f"{name}={budget}: with the longest prompt of {field}, {longest} tokens, it passes the model's "
                 f"max_position_embeddings={max_positions}; lower it, or data.max_prompt_tokens={config.data.max_prompt_tokens}"
             )
+
+
+def _field(benchmark: str) -> str:
+    """Where the config names a benchmark's problems."""
+    return "data.validation" if benchmark == VALIDATION else f"evaluation.benchmarks.{benchmark}"
 
 
 def _read(config: Config, tokenizer: Tokenizer, path: str, field: str, limit: int | None) -> PromptSet:

@@ -67,6 +67,12 @@ class DataConfig(Section):
     prompts_per_step: Positive = Field(1024, description="prompts a step; an epoch's last short batch is dropped")
     shuffle: bool = Field(True, description="a new order each epoch, from run.seed")
     limit: Positive | None = Field(None, description="use only the first rows of the training file")
+    validation: str | Positive | None = Field(
+        None,
+        description="problems that choose the checkpoint, evaluated as the benchmark `validation`: a file, or the number of training "
+        "problems that are held out and never trained on",
+    )
+    validation_seed: NonNegative = Field(0, description="which problems data.validation=NUMBER holds out; the same in runs of any run.seed")
 
 
 class RolloutConfig(Section):
@@ -183,6 +189,7 @@ class EvaluationConfig(Section):
     benchmarks: dict[str, str | None] = Field(default_factory=dict, description="name: file of problems; null leaves one out")
     every: NonNegative = Field(0, description="steps between evaluations in training; 0 evaluates at the end only")
     samples: Positive = Field(16, description="responses a problem, the n of Pass@k")
+    greedy: bool = Field(True, description="also the accuracy of one response a problem at temperature 0")
     limit: Positive | None = Field(None, description="use only the first problems of each file")
     temperature: PositiveFloat = Field(0.6, description="sampling temperature")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -255,6 +262,8 @@ class Config(Section):
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
         if parallel.sequence and parallel.tensor == 1:
             raise ValueError("parallel.sequence=true needs parallel.tensor of 2 or more, not 1")
+        if data.validation is not None and self.evaluation.benchmarks.get("validation") is not None:
+            raise ValueError("evaluation.benchmarks.validation: data.validation takes this name; give the benchmark another")
         if self.optimizer.min_learning_rate > self.optimizer.learning_rate:
             low, high = self.optimizer.min_learning_rate, self.optimizer.learning_rate
             raise ValueError(f"optimizer.min_learning_rate={low} is above optimizer.learning_rate={high}")

@@ -13,9 +13,11 @@ import numpy as np
 
 from megatron_nsr.clock import PhaseClock
 from megatron_nsr.config import Config
+from megatron_nsr.data.references import reference_trajectory
 from megatron_nsr.data.tokenizers import Tokenizer
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch, token_scales
 from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.observability.response_metrics import response_metrics
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rewards.sharing import grade_shared
 from megatron_nsr.rollout.engine import Sampling
@@ -75,7 +77,7 @@ class GradedRollouts:
             normalization=settings.normalization,
         )
         kept = sum(len(mini_batch) for mini_batch in batch.mini_batches)
-        metrics = {**verdict_metrics(verdicts, samples), **trajectory_metrics(trajectories), "policy/kept_ratio": kept / len(trajectories)}
+        metrics = {**response_metrics(trajectories, verdicts, samples), "policy/kept_ratio": kept / len(trajectories)}
         metrics["rollout/staleness"] = float(np.mean([step - 1 - trajectory.weight_version for trajectory in trajectories]))
         return Experience(batch, trajectories, verdicts, metrics)
 
@@ -96,7 +98,7 @@ class References:
         self.tokenizer, self.aggregation = tokenizer, config.objective.aggregation
 
     def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
-        trajectories = [self._trajectory(index, prompt) for index, prompt in enumerate(prompts)]
+        trajectories = [reference_trajectory(self.tokenizer, index, prompt) for index, prompt in enumerate(prompts)]
         scales = token_scales(trajectories, trajectories, self.aggregation)
         samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
         return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
@@ -112,45 +114,9 @@ class References:
         kept = ("policy/learning_rate", "policy/updates", "policy/grad_norm", "policy/entropy", "policy/logprob")
         return {"supervised/loss": -metrics["policy/logprob"], **{name: metrics[name] for name in kept}}
 
-    def _trajectory(self, index: int, prompt: Prompt) -> Trajectory:
-        assert prompt.response is not None  # require_responses
-        ids = [*self.tokenizer.encode(prompt.response), self.tokenizer.stop_ids[0]]
-        return Trajectory(
-            prompt=index,
-            sample=0,
-            prompt_ids=prompt.token_ids,
-            response_ids=np.asarray(ids, np.int32),
-            rollout_logprobs=np.zeros(len(ids), np.float32),
-            finish_reason="stop",
-            weight_version=0,
-            text=prompt.response,
-        )
-
 
 def require_responses(prompts: Sequence[Prompt], path: str) -> None:
     """Raises UserError unless every problem of data.train=`path` has the response that supervised learning needs."""
     for prompt in prompts:
         if prompt.response is None:
             raise UserError(f"data.train={path}: problem {prompt.id} has no `response`, which objective.name=supervised learns from")
-
-
-def verdict_metrics(verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:
-    """Ratios over samples that have a verdict, and over prompts for fully and never solved; `no_verdict` is over all."""
-    rewards = np.array([np.nan if verdict.reward is None else verdict.reward for verdict in verdicts])
-    judged = ~np.isnan(rewards)
-    metrics = {"reward/no_verdict_ratio": 1.0 - float(judged.mean())}
-    if judged.any():
-        correct = (rewards > 0).reshape(-1, samples_per_prompt)
-        wrong = (rewards < 0).reshape(-1, samples_per_prompt)
-        metrics["reward/correct_ratio"] = float(correct.sum() / judged.sum())
-        metrics["reward/fully_solved_ratio"] = float((correct.any(1) & ~wrong.any(1)).mean())
-        metrics["reward/never_solved_ratio"] = float((wrong.any(1) & ~correct.any(1)).mean())
-    return metrics
-
-
-def trajectory_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    return {
-        "reward/truncated_ratio": float(np.mean([trajectory.truncated for trajectory in trajectories])),
-        "rollout/response_tokens_mean": float(np.mean([trajectory.length for trajectory in trajectories])),
-        "rollout/weight_version": float(trajectories[0].weight_version),
-    }

@@ -79,6 +79,7 @@ def conclude(config: Config, run: RunDirectory, status: Status, step: int) -> No
         print(f"{run.path}: stopped after step {step} of {config.run.steps}; the same command continues", flush=True)
     else:
         policy = f"; policy in {run.hf}" if config.checkpoint.export_hf else ""
+        policy += f"; best by validation: {run.best.resolve().name}" if run.best.is_symlink() else ""
         print(f"{run.path}: {step} steps done{policy}; compare runs: megatron-nsr report {run.path} --out FILE", flush=True)
 
 

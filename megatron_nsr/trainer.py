@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_nsr.clock import PhaseClock
-from megatron_nsr.components import Components, Inputs, build_components, read_inputs
+from megatron_nsr.components import VALIDATION, Components, Inputs, build_components, read_inputs
 from megatron_nsr.config import Config
+from megatron_nsr.evaluation.fixed_responses import FixedResponses, fixed_responses
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.loggers import MetricLogger
-from megatron_nsr.observability.metrics import last_step
+from megatron_nsr.observability.metrics import last_step, steps_by
 from megatron_nsr.observability.run_directory import RunDirectory, locate_run
 from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
@@ -61,9 +62,10 @@ class Trainer:
         assert inputs.train is not None and inputs.sampler is not None
         self.config, self.run_directory, self.parts, self.stop = config, run, parts, stop
         self.prompts = inputs.train.prompts
-        self.sampler = inputs.sampler
+        self.sampler, self.tokenizer = inputs.sampler, inputs.tokenizer
         self.checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep)
         self.recorder = Recorder(run, config)
+        self.fixed = FixedResponses()
         self.step = 0  # training steps completed
         self.metrics: dict[str, float] = {}  # of the last of them
         self.checkpointed = 0  # the step of the newest checkpoint
@@ -82,14 +84,16 @@ class Trainer:
     def _steps(self, loggers: MetricLogger) -> Status:
         device = self.parts.actor.groups.device
         self.parts.push(self.step)
+        self.fixed = self._fixed_responses()
         if self.unfinished is not None:
             self._finish_step(self.unfinished, loggers)
+        self._choose_best()
         interrupted = self.stop.agreed(device)
         while self.step < self.config.run.steps and not interrupted:
             self.metrics = metrics = self.train_step()
             self.recorder.check(metrics, loggers, self.step)
             interrupted = self.stop.agreed(device)
-            if interrupted or self.step % self.config.checkpoint.every == 0 or self.step == self.config.run.steps:
+            if interrupted or self._checkpoints(self.step):
                 metrics |= self._checkpoint(metrics)
             if not (interrupted and self._evaluates(self.step)):  # an evaluation may take long; it is made up for when the run goes on
                 self._finish_step(metrics, loggers)
@@ -136,6 +140,11 @@ class Trainer:
         every = self.config.evaluation.every
         return step == self.config.run.steps or (every > 0 and step % every == 0)
 
+    def _checkpoints(self, step: int) -> bool:
+        """What validation may choose has a checkpoint."""
+        chosen_from = self.config.data.validation is not None and self._evaluates(step)
+        return chosen_from or step % self.config.checkpoint.every == 0 or step == self.config.run.steps
+
     def _finish_step(self, metrics: dict[str, float], loggers: MetricLogger) -> None:
         """Exports and evaluates where it is due, and writes the step's line."""
         clock, export_every = PhaseClock(), self.config.checkpoint.export_every
@@ -146,6 +155,20 @@ class Trainer:
                 metrics |= self.evaluate()
             metrics["time/eval_s"] = clock.seconds["eval"]
         loggers.log(StepMetrics(self.step, metrics))
+        if self._evaluates(self.step):
+            self._choose_best()
+
+    def _choose_best(self) -> None:
+        """Lets the logged validation results say which checkpoint is best: a resumed run has the same ones."""
+        if self.config.data.validation is not None and distributed.rank() == 0:
+            self.checkpoints.point_best(steps_by(self.run_directory.metrics, f"eval/{VALIDATION}/pass@1"))
+
+    def _fixed_responses(self) -> FixedResponses:
+        """Made before the first step, so that they are the base's; random weights, as supervised runs may start from, draw none."""
+        benchmarks, draw = self.parts.benchmarks, self.parts.pushes_every_step
+        if benchmarks is None:
+            return FixedResponses()
+        return self._sampled(lambda: fixed_responses(self.run_directory.fixed_responses, benchmarks, self.tokenizer, draw=draw))
 
     def evaluate(self) -> dict[str, float]:
         """Pass@k and entropy of the current weights on the benchmarks, written to RUN/eval/step_N.json."""
@@ -156,7 +179,7 @@ class Trainer:
         benchmarks = self.parts.benchmarks
         evaluation = self._sampled(lambda: benchmarks.run(self.step, self.parts.actor))
         check_gap(evaluation.metrics, "heldout", self.config.rollout.max_logprob_gap)
-        return self.recorder.evaluation(evaluation)
+        return self.recorder.evaluation(evaluation) | self.fixed.measure(self.parts.actor)
 
     def _learning_rate(self, step: int) -> float:
         settings = self.config.optimizer

@@ -6,7 +6,7 @@ May import: config, types, platform, training, rollout, rewards, data, observabi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_nsr.config import EvaluationConfig, RewardConfig
@@ -66,17 +66,16 @@ class Benchmarks:
         """
         result: dict[str, Any] = {"step": step, "benchmarks": {}, "heldout_entropy": None}
         metrics: dict[str, float] = {}
-        measured: list[Trajectory] = []
         for name, problems in self.benchmarks.items():
             prompts = problems.prompts
             verdicts = self._verdicts(name, prompts, keep[name] if keep else None)
             scored = self._scored(prompts, verdicts)
             result["benchmarks"][name] = {**scored, "too_long": problems.too_long}
             metrics |= {f"eval/{name}/pass@{k}": value for k, value in scored["pass_at_k"].items()}
-            measured += self.rollouts.generate(
-                prompts, step=0, samples=self.settings.entropy_samples, sampling=self.plain, purpose="heldout"
-            )
-        heldout = actor.measure_samples(measured)
+            if self.settings.greedy:
+                accuracy = self._greedy_accuracy(prompts)
+                result["benchmarks"][name]["greedy_accuracy"] = metrics[f"eval/{name}/greedy_accuracy"] = accuracy
+        heldout = actor.measure_samples(self.draw_heldout())
         result["heldout_entropy"] = metrics["heldout/entropy"] = heldout["policy/entropy"]
         for name in ("mean", "max"):
             result[f"logprob_gap_{name}"] = metrics[f"heldout/logprob_gap_{name}"] = heldout[f"rollout/logprob_gap_{name}"]
@@ -96,6 +95,22 @@ class Benchmarks:
                 kept.append(some, trajectories, verdicts, first)
                 print(f"{name}: {len(done)} of {len(prompts)} problems", flush=True)
         return done
+
+    def draw_heldout(self) -> list[Trajectory]:
+        """`entropy_samples` responses to each benchmark's problems from the weights that were pushed last, drawn as in training."""
+        samples = self.settings.entropy_samples
+        return [
+            trajectory
+            for problems in self.benchmarks.values()
+            for trajectory in self.rollouts.generate(problems.prompts, step=0, samples=samples, sampling=self.plain, purpose="heldout")
+        ]
+
+    def _greedy_accuracy(self, prompts: Sequence[Prompt]) -> float:
+        """The share of problems that one response of temperature 0 solves; one without a verdict does not."""
+        greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
+        trajectories = self.rollouts.generate(prompts, step=0, samples=1, sampling=greedy, purpose="eval")
+        verdicts = grade_shared(trajectories, prompts, self.graders, self.reward.truncated)
+        return sum(verdict.outcome is Outcome.CORRECT for verdict in verdicts) / len(verdicts)
 
     def _scored(self, prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
         """The benchmark's entry in the result, on every rank; rank 0 forms it."""

@@ -21,7 +21,15 @@ METRICS: dict[str, str] = {
     "reward/never_solved_ratio": "prompts whose every response with a verdict is wrong, share of prompts, 0 to 1",
     "reward/no_verdict_ratio": "responses without a verdict (grader timeout or crash, unusable reference answer), 0 to 1",
     "reward/truncated_ratio": "responses that ran out of tokens, 0 to 1",
+    "reward/truncated_ratio_nsr": "wrong responses that ran out of tokens, share of the wrong ones, 0 to 1",
+    "reward/unique_answers_mean": "different answers, by their text, among a prompt's responses, mean over prompts, count; "
+    "with a grader that tells answers",
     "rollout/response_tokens_mean": "mean response length, tokens",
+    "rollout/response_tokens_mean_psr": "mean length of correct responses, tokens",
+    "rollout/response_tokens_mean_nsr": "mean length of wrong responses, tokens",
+    "rollout/response_tokens_max": "longest response, tokens",
+    "rollout/logprob_psr": "mean log-probability of the tokens of correct responses, trained on or not, in the engine, nats a token",
+    "rollout/logprob_nsr": "mean log-probability of the tokens of wrong responses, trained on or not, in the engine, nats a token",
     "rollout/logprob_gap_mean": "mean |engine - policy| log-probability of sampled tokens, nats",
     "rollout/logprob_gap_max": "largest |engine - policy| log-probability of a sampled token, nats",
     "rollout/correction_mean": "mean weight that the rollout correction puts on a trained token, 1 where engine and policy agree",
@@ -53,9 +61,12 @@ METRICS: dict[str, str] = {
     "policy/learning_rate": "learning rate of the step's last update",
     "supervised/loss": "mean negative log-likelihood of reference responses, nats a token",
     "heldout/entropy": "mean entropy of the policy at rollout.temperature, at response tokens on held-out prompts, nats a token",
+    "heldout/entropy_fixed": "mean entropy of the policy at rollout.temperature, at the tokens of the run's fixed responses, nats a token",
+    "heldout/logprob_fixed": "mean log-probability of the tokens of the run's fixed responses under the policy, nats a token",
     "heldout/logprob_gap_mean": "as rollout/logprob_gap_mean, on held-out prompts and the weights that were evaluated, nats",
     "heldout/logprob_gap_max": "as rollout/logprob_gap_max, on held-out prompts and the weights that were evaluated, nats",
     "eval/<benchmark>/pass@<k>": "unbiased Pass@k, mean over the benchmark's problems, 0 to 1",
+    "eval/<benchmark>/greedy_accuracy": "problems that the most probable response, token by token, solves, 0 to 1",
     "data/epoch": "complete passes over the training prompts, count",
     "time/step_s": "wall time of the whole step, seconds",
     "time/rollout_s": "wall time of sampling, seconds",
@@ -70,11 +81,20 @@ METRICS: dict[str, str] = {
 }
 
 
+# What may stand for a part in `<...>`.
+PARTS = {"<benchmark>": "[^/]+", "<k>": "[1-9][0-9]*"}
+
+
 def metric_meaning(name: str) -> str | None:
     """What a metric name says, `eval/MATH/pass@8` included; None for a name that the registry does not know."""
     if name in METRICS:
         return METRICS[name]
-    return METRICS["eval/<benchmark>/pass@<k>"] if re.fullmatch(r"eval/[^/]+/pass@[1-9][0-9]*", name) else None
+    return next((meaning for pattern, meaning in METRICS.items() if "<" in pattern and re.fullmatch(_expression(pattern), name)), None)
+
+
+def _expression(pattern: str) -> str:
+    """A registered name as a regular expression."""
+    return "".join(PARTS.get(part, re.escape(part)) for part in re.split("(<[^>]*>)", pattern))
 
 
 def encode_line(metrics: StepMetrics) -> str:
@@ -105,6 +125,12 @@ def last_step(path: Path) -> int:
     """The step of the last line; 0 where there is none."""
     records = read_metrics(path)
     return int(records[-1]["step"]) if records else 0
+
+
+def steps_by(path: Path, name: str) -> list[int]:
+    """The steps that logged a finite value of the metric, the highest value first, and the earlier step of equal ones."""
+    found = {int(record["step"]): float(record[name]) for record in read_metrics(path) if record.get(name) is not None}
+    return sorted(found, key=lambda step: (-found[step], step))
 
 
 def truncate_after(path: Path, step: int) -> None:

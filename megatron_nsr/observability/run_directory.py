@@ -93,6 +93,16 @@ class RunDirectory:
         """What names the newest complete checkpoint."""
         return self.checkpoints / "latest"
 
+    @property
+    def best(self) -> Path:
+        """What names the checkpoint with the best validation Pass@1, where data.validation is set."""
+        return self.checkpoints / "best"
+
+    @property
+    def fixed_responses(self) -> Path:
+        """The responses on which heldout/entropy_fixed is measured at every evaluation."""
+        return self.path / "fixed_responses.parquet"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 

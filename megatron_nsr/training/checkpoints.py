@@ -8,6 +8,7 @@ May import: platform, types, megatron-core, the rest of training. Layout of RUN/
     step_N/run.json    format, step, sampler state, weight version, number of ranks, and the size of every other file
     step_N/*           config.json and tokenizer of the model, so that the folder can stand as `model.path`
     latest             a link to the newest complete step_N
+    best               a link to the step_N that validation chose, where there is one
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Checkpoints:
             if final.exists():
                 _remove(final)
             os.replace(partial, final)
-            self._point_latest(final)
+            self._point("latest", final)
             self._prune(step)
         distributed.barrier()
 
@@ -108,18 +109,28 @@ class Checkpoints:
         with _readable(path):
             return description | {"ahead": torch.load(ahead, weights_only=False) if ahead.is_file() else None}
 
-    def _point_latest(self, target: Path) -> None:
-        link = self.directory / ".new-latest"
+    def point_best(self, ranking: Sequence[int]) -> None:
+        """Points `best` to the first of these steps that is still there; without one there is no link. `_prune` keeps what it names."""
+        chosen = next((path for step in ranking if (path := self.directory / f"step_{step}").is_dir()), None)
+        if chosen is not None:
+            self._point("best", chosen)
+        else:
+            (self.directory / "best").unlink(missing_ok=True)
+
+    def _point(self, name: str, target: Path) -> None:
+        link = self.directory / f".new-{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
-        os.replace(link, self.directory / "latest")
+        os.replace(link, self.directory / name)
 
     def _prune(self, step: int) -> None:
-        """Keeps the newest up to `latest`; later ones belong to a future that was given up, by pointing `latest` back."""
+        """Keeps the newest up to `latest` and the best; later ones belong to a future that was given up, by pointing `latest` back."""
         named = {path.name.removeprefix("step_"): path for path in self.directory.glob("step_*")}
         steps = sorted((int(name), path) for name, path in named.items() if name.isdigit())
         past = [path for number, path in steps if number <= step]
-        for path in [path for number, path in steps if number > step] + past[: -self.keep]:
+        best = (self.directory / "best").resolve().name
+        given_up = [path for number, path in steps if number > step]
+        for path in given_up + [path for path in past[: -self.keep] if path.name != best]:
             _remove(path)
 
 

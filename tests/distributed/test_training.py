@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed.launcher import run_cases
-from tests.distributed.training_cases import CASES, DETOURS, MOVES
+from tests.distributed.training_cases import CASES, DETOURS, HELDOUT, MOVES
+from tests.plain_entropy import plain_entropy, random_responses
 from tests.tiny_models import write_tiny_model
 
 PARALLEL = [case for cases in CASES.values() for case in cases if not case.startswith("one/")]
@@ -32,10 +34,13 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(out: Path) -> dict[str, Any]:
+def models(out: Path) -> dict[str, transformers.PreTrainedModel]:
+    return {name: write_tiny_model(out / "models" / name, "qwen3", tied=name == "tied") for name in ("tied", "untied")}
+
+
+@pytest.fixture(scope="module")
+def results(out: Path, models: dict[str, transformers.PreTrainedModel]) -> dict[str, Any]:
     """One torchrun start for each world size, in an order in which each finds the checkpoints that it continues."""
-    for name in ("tied", "untied"):
-        write_tiny_model(out / "models" / name, "qwen3", tied=name == "tied")
     found: dict[str, Any] = {}
     for world in (4, 1, 2):
         arguments = ["--models", str(out / "models"), "--out", str(out)]
@@ -73,6 +78,16 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(results: dict[str, An
 @pytest.mark.parametrize("case", PARALLEL)
 def test_updated_weights_equal_those_of_one_rank(results: dict[str, Any], out: Path, case: str) -> None:
     close(torch.load(out / case / "weights.pt"), torch.load(out / "one" / case.split("/")[1] / "weights.pt"))
+
+
+@pytest.mark.parametrize("case", ["one/tied", "one/untied", *PARALLEL])
+def test_held_out_entropy_is_that_of_a_plain_computation(
+    results: dict[str, Any], models: dict[str, transformers.PreTrainedModel], case: str
+) -> None:
+    model = models[case.split("/")[1]]
+    entropy, logprob = plain_entropy(model, random_responses(model.config.vocab_size, HELDOUT), 1.0)
+    heldout = results[case]["heldout"]
+    assert (heldout["policy/entropy"], heldout["policy/logprob"]) == (pytest.approx(entropy, rel=1e-6), pytest.approx(logprob, rel=1e-6))
 
 
 def test_the_cases_exercise_what_they_claim(results: dict[str, Any], out: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
+from tests.plain_entropy import random_responses
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -70,6 +71,7 @@ MOVES: dict[int, list[tuple[str, str]]] = {
 # (case that wrote a bf16 checkpoint, layout that reads and writes it again), on 4 ranks
 DETOURS = [("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"), ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed")]
 PROMPTS, SAMPLES = 4, 3
+HELDOUT = [(3, 5), (1, 1), (12, 2), (2, 40), (5, 5), (7, 1), (4, 16)]  # prompt and response tokens
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
 
 
@@ -140,6 +142,7 @@ def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "
     config, shape, backend = config_of(model, dict(fields), dtype), read_model_shape(str(model)), choose_backend("cpu")
     make_folder(folder)
     actor = new_actor(config, shape)
+    heldout = actor.measure_samples(random_responses(shape.vocab_size, HELDOUT))
     metrics = [train(actor, config, shape.vocab_size, step) for step in (1, 2)]
     weights = updated_weights(actor, shape)
     Checkpoints(folder / "checkpoints", keep=1).save(2, {"weight_version": 2}, actor.wrapped, actor.optimizer, backend, model)
@@ -149,7 +152,12 @@ def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "
     if distributed.rank() == 0:
         torch.save(weights, folder / "weights.pt")
         torch.save(third_weights, folder / "third.pt")
-    return {"metrics": metrics, "third": third, "resumed": resume(model, fields, folder / "checkpoints", folder / "resumed.pt", dtype)}
+    return {
+        "heldout": heldout,
+        "metrics": metrics,
+        "third": third,
+        "resumed": resume(model, fields, folder / "checkpoints", folder / "resumed.pt", dtype),
+    }
 
 
 def load(model: Path, fields: dict[str, Any], directory: Path, dtype: str) -> tuple[Config, Actor]:

@@ -52,10 +52,13 @@ class Small:
         ]
 
     def nsr(self, run: Path, *overrides: str) -> list[str]:
-        """A step is 16 prompts x 4 responses in two mini-batches; rates change from step to step, a checkpoint follows each."""
+        """A step is 16 prompts x 4 responses in two mini-batches; rates change from step to step, a checkpoint follows each.
+
+        16 of the training problems choose the best checkpoint.
+        """
         return [
             *("train", str(CONFIGS / "quickstart.yaml"), "objective.name=nsr", f"run.dir={run}", f"model.path={self.base / 'hf'}"),
-            *(f"data.train={self.data('train')}", "data.prompts_per_step=16", "rollout.samples_per_prompt=4"),
+            *(f"data.train={self.data('train')}", "data.validation=16", "data.prompts_per_step=16", "rollout.samples_per_prompt=4"),
             *("optimizer.warmup_steps=2", "optimizer.weight_decay=0.1", "checkpoint.every=1", "checkpoint.keep=2"),
             "checkpoint.export_every=5",
             *(f"evaluation.benchmarks.puzzle={self.data('test')}", "evaluation.limit=8", "evaluation.samples=4", "evaluation.every=4"),

@@ -31,7 +31,7 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
     benchmark.write_text(json.dumps(rows[0]) + "\n")
     overrides = [
         *("reward.grader=tests.integration.graders:Scripted", "reward.timeout_s=0.3", "reward.truncated=masked"),
-        *(f"data.train={data}", "data.shuffle=false", "data.prompts_per_step=2", "objective.mini_batch_prompts=1"),
+        *(f"data.train={data}", "data.validation=null", "data.shuffle=false", "data.prompts_per_step=2", "objective.mini_batch_prompts=1"),
         *("rollout.samples_per_prompt=2", "objective.dropped_share=1.0", f"evaluation.benchmarks.puzzle={benchmark}"),
     ]
 
@@ -40,6 +40,8 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
     assert correct["reward/correct_ratio"] == correct["reward/fully_solved_ratio"] == 1 and correct["reward/no_verdict_ratio"] < 1
     assert correct["policy/entropy"] > 0 and correct["rollout/logprob_gap_max"] < 1e-4  # measured on dropped samples
     assert never["reward/no_verdict_ratio"] == 1 and "reward/correct_ratio" not in never
+    assert correct["rollout/logprob_psr"] < 0 and not [name for name in correct if name.startswith("rollout/") and name.endswith("_nsr")]
+    assert not [name for name in never if name.startswith("rollout/") and name.endswith(("_psr", "_nsr"))]
     for step in (correct, never):
         assert step["policy/updates"] == step["policy/kept_ratio"] == 0 and "policy/grad_norm" not in step
     before, after = (safetensors.torch.load_file(path / "hf" / "model.safetensors") for path in (small.base, run))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 import transformers
 
+from examples import own_dataset
 from megatron_nsr.config import load_config
-from megatron_nsr.observability.metrics import METRICS, metric_meaning, read_metrics
+from megatron_nsr.observability.metrics import METRICS, metric_meaning, read_metrics, steps_by
 from megatron_nsr.observability.run_directory import RunDirectory
-from tests.integration.small_run import Small, finished, start, state, values
+from megatron_nsr.observability.samples import read_samples
+from tests.integration.small_run import REPOSITORY, Small, finished, start, state, values
 
 LAYOUTS = {
     "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true", "rollout.tensor_parallel=2"]),
@@ -49,7 +53,10 @@ def check_complete(run: Path, steps: int) -> None:
     assert all(0 < step["rollout/logprob_gap_max"] < 1e-4 for step in logged)
     assert [step["rollout/weight_version"] for step in logged] == list(range(steps))
     assert paths.latest.resolve() == paths.checkpoint(steps).resolve() and (paths.latest / "run.json").is_file()
-    assert sorted(path.name for path in paths.checkpoints.iterdir()) == sorted(["latest", f"step_{steps - 1}", f"step_{steps}"])  # keep=2
+    best = steps_by(paths.metrics, "eval/validation/pass@1")[0]
+    assert paths.best.resolve() == paths.checkpoint(best).resolve() and (paths.best / "run.json").is_file()
+    kept = {f"step_{step}" for step in (best, steps - 1, steps)}  # keep=2
+    assert {path.name for path in paths.checkpoints.iterdir()} == {"latest", "best", *kept}
     evaluation = json.loads(paths.evaluation(steps).read_text())
     assert evaluation["benchmarks"]["puzzle"]["pass_at_k"].keys() == {"1", "2", "4"}
     assert evaluation["heldout_entropy"] == logged[-1]["heldout/entropy"]
@@ -78,18 +85,42 @@ def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Cal
     runs = (small.base, undisturbed(1), tmp_path / "run")
     logged = {name for run in runs for step in read_metrics(RunDirectory(run).metrics) for name in step} - {"step"}
     assert not [name for name in logged if metric_meaning(name) is None]
-    assert METRICS.keys() - logged == {"eval/<benchmark>/pass@<k>", "policy/aux_loss"}  # the latter: test_experts_end_to_end.py
+    patterns = {name for name in METRICS if "<" in name}
+    assert METRICS.keys() - logged - patterns == {"policy/aux_loss"}  # test_experts_end_to_end.py
+    for metric in ("pass@4", "greedy_accuracy"):
+        assert {f"eval/{benchmark}/{metric}" for benchmark in ("puzzle", "validation")} <= logged
     (step,) = values(tmp_path / "run")
     assert step["rollout/correction_mean"] == pytest.approx(1.0, abs=1e-4)  # the engine holds the policy's weights
     assert step["policy/grad_norm_head_psr"] < step["policy/grad_norm_head_nsr"]  # lambda is 0.1
 
 
-def test_an_objective_s_own_loss_trains_at_a_parallel_layout(small: Small, tmp_path: Path) -> None:
+def test_the_examples_train_together_at_a_parallel_layout(small: Small, tmp_path: Path) -> None:
+    """An objective with a loss of its own, a reward of its own and a data set of its own, in one run; then its metrics in pandas.
+
+    Each of its steps is evaluated, and so has a checkpoint that validation may choose.
+    """
+    run, data = tmp_path / "run", tmp_path / "own.jsonl"
+    table = [json.loads(line) for line in small.data("train").read_text().splitlines()[:64]]
+    lines = [f"{' '.join(map(str, row['numbers']))},{row['target']},{row['answer']}" for row in table]
+    (tmp_path / "own.csv").write_text("\n".join(["numbers,target,operators", *lines]))
+    assert own_dataset.convert(tmp_path / "own.csv", data) == 64
+    own = ["objective.name=examples.own_objective:SequenceRatio", "reward.grader=examples.own_reward:FirstAttempt", f"data.train={data}"]
     ranks, overrides = LAYOUTS["tensor"]
-    name = "objective.name=examples.own_objective:SequenceRatio"
-    finished(start(small.nsr(tmp_path / "run", name, "run.steps=2", *overrides), tmp_path / "log", ranks=ranks), 0)
-    check_complete(tmp_path / "run", 2)
-    assert all(step["policy/updates"] == 2 and step["policy/grad_norm"] > 0 for step in values(tmp_path / "run"))
+    own += ["checkpoint.every=100", "evaluation.every=1", "run.steps=2"]
+    finished(start(small.nsr(run, *own, *overrides), tmp_path / "log", ranks=ranks), 0)
+    check_complete(run, 2)
+    assert all(step["policy/updates"] == 2 and step["policy/grad_norm"] > 0 for step in values(run))
+    samples = read_samples(RunDirectory(run).samples(2))
+    assert {sample.prompt_id.partition("/")[0] for sample in samples} == {"own"}
+    assert all((" no " in sample.response) <= (sample.outcome == "wrong") for sample in samples)
+    read = subprocess.run(
+        [sys.executable, "-m", "examples.read_metrics", str(run), str(small.base)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(name in read.stdout for name in ("eval/validation/pass@4", "rollout/response_tokens_mean_nsr", "policy/entropy"))
 
 
 def test_data_parallel_ranks_train_as_one_process_does(undisturbed: Callable[[int], Path]) -> None:

@@ -50,7 +50,14 @@ def test_a_run_that_is_stopped_twice_and_killed_once_ends_as_an_undisturbed_one(
     assert [step["step"] for step in values(run)] == list(range(1, 11))
     assert values(run) == values(undisturbed(1))
     assert not list((run / "checkpoints").glob(".partial-*"))
-    for name in ("hf/model.safetensors", "exports/step_5/model.safetensors", "eval/step_4.json", "eval/step_10.json"):
+    assert RunDirectory(run).best.resolve().name == RunDirectory(undisturbed(1)).best.resolve().name
+    for name in (
+        "fixed_responses.parquet",
+        "hf/model.safetensors",
+        "exports/step_5/model.safetensors",
+        "eval/step_4.json",
+        "eval/step_10.json",
+    ):
         assert (run / name).read_bytes() == (undisturbed(1) / name).read_bytes(), name
 
 
@@ -76,9 +83,11 @@ def test_a_run_killed_in_its_last_evaluation_makes_up_for_it(small: Small, undis
     (run / "metrics.jsonl").write_text("".join(lines[:-1]))
     (run / "eval/step_10.json").unlink()
     shutil.rmtree(run / "hf")
+    RunDirectory(run).best.unlink()
     (run / "state.json").write_text((run / "state.json").read_text().replace('"done"', '"running"'))
     output = finished(start(small.nsr(run, "run.steps=10"), tmp_path / "resumed.log"), 0)
     assert "step 10/10" in output and "step 9/10" not in output
     assert values(run) == values(undisturbed(1))
     assert (run / "eval/step_10.json").read_bytes() == (undisturbed(1) / "eval/step_10.json").read_bytes()
     assert (run / "hf/model.safetensors").is_file()
+    assert RunDirectory(run).best.resolve().name == RunDirectory(undisturbed(1)).best.resolve().name

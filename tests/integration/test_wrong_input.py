@@ -93,7 +93,15 @@ OVERRIDES = {
         "rollout.max_staleness=1: it must be 0, as objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
     ),
     "two steps ahead": (["rollout.max_staleness=2"], "rollout.max_staleness=2: input should be less than or equal to 1"),
-    "too few prompts": (["data.limit=8"], "data.prompts_per_step=16: there are only 8 prompts; choose 8 or fewer"),
+    "too few prompts": (["data.limit=8", "data.validation=null"], "data.prompts_per_step=16: there are only 8 prompts; choose 8 or fewer"),
+    "nothing left to train on": (
+        ["data.validation=256"],
+        "data.validation=256: data.train has only 256 different problems; hold out fewer",
+    ),
+    "too few prompts left": (["data.validation=250"], "data.prompts_per_step=16: there are only 6 prompts; choose 6 or fewer"),
+    "missing validation": (["data.validation=nowhere.jsonl"], "data.validation=nowhere.jsonl: no such file or directory"),
+    "no validation problems": (["data.validation=0"], "data.validation.constrained-int=0: input should be greater than or equal to 1"),
+    "two validations": (["evaluation.benchmarks.validation=a.jsonl"], "evaluation.benchmarks.validation: data.validation takes this name"),
     "mini-batches": (["objective.mini_batch_prompts=5"], "objective.mini_batch_prompts=5 does not divide data.prompts_per_step=16"),
     "prompts too long": (["data.max_prompt_tokens=2"], "data.max_prompt_tokens=2: all 256 prompts of data.train="),
     "responses too long": (
@@ -155,6 +163,15 @@ def test_data_without_answers_is_refused(refuse: Refuse, small: Small, tmp_path:
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps({"question": f"What is {i}?"}) + "\n" for i in range(20)))
     assert f"data.train={data}: no answers in its columns question; give" in refuse(small.nsr(small.root / "new", f"data.train={data}"))
+
+
+def test_validation_problems_that_are_trained_on_are_refused(refuse: Refuse, small: Small, tmp_path: Path) -> None:
+    lines = [small.data(name).read_text().splitlines()[0] for name in ("test", "train")]
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines))
+    message = refuse(small.nsr(small.root / "new", f"data.validation={tmp_path / 'validation.jsonl'}"))
+    assert "validation.jsonl: 1 of its 2 problems are in data.train too, the first is train-0; take them out" in message
+    message = refuse(small.nsr(small.root / "new", f"data.validation={small.data('test')}"))
+    assert "test.jsonl: 8 of its 100 problems are in evaluation.benchmarks.puzzle too, the first is test-0; take them out" in message
 
 
 def test_a_model_without_weights_is_refused(refuse: Refuse, small: Small) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nsr.observability.loggers import JsonlLogger
-from megatron_nsr.observability.metrics import METRICS, encode_line, metric_meaning, read_metrics
+from megatron_nsr.observability.metrics import METRICS, encode_line, metric_meaning, read_metrics, steps_by
 from megatron_nsr.types import StepMetrics, UserError
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -28,14 +28,24 @@ def test_the_document_holds_every_metric_and_no_other() -> None:
     assert len(rows) == len(METRICS)
 
 
-@pytest.mark.parametrize("name", ["eval/MATH/pass@8", "eval/aime 2024/pass@256", "policy/loss_nsr"])
+@pytest.mark.parametrize("name", ["eval/MATH/pass@8", "eval/aime 2024/pass@256", "policy/loss_nsr", "eval/MATH/greedy_accuracy"])
 def test_a_known_name_has_a_meaning(name: str) -> None:
     assert metric_meaning(name)
 
 
-@pytest.mark.parametrize("name", ["policy/los", "eval/MATH/pass@0", "eval/pass@8", "eval/MATH/pass@8x"])
+@pytest.mark.parametrize("name", ["policy/los", "eval/MATH/pass@0", "eval/pass@8", "eval/MATH/pass@8x", "eval/greedy_accuracy"])
 def test_an_unknown_name_has_none(name: str) -> None:
     assert metric_meaning(name) is None
+
+
+def test_steps_are_ranked_by_a_metric_and_equal_ones_by_age(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step, value in enumerate((0.5, None, 0.75, float("nan"), 0.75, 0.25), start=1):
+        logger.log(StepMetrics(step, {"policy/loss": 1.0} | ({} if value is None else {"eval/validation/pass@1": value})))
+    logger.close()
+    assert steps_by(path, "eval/validation/pass@1") == [3, 5, 1, 6]
+    assert steps_by(path, "eval/other/pass@1") == steps_by(tmp_path / "absent.jsonl", "policy/loss") == []
 
 
 def test_what_is_not_finite_becomes_null_in_strict_json() -> None:

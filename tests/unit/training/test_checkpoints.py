@@ -41,6 +41,26 @@ def test_the_newest_up_to_the_one_just_written_stay(tmp_path: Path, keep: int, w
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(f"step_{step}" for step in left), "step_50.copy"])
 
 
+def test_the_best_stays_until_another_is_better_or_it_was_given_up(tmp_path: Path) -> None:
+    checkpoints, best = Checkpoints(tmp_path, keep=1), tmp_path / "best"
+
+    def write(step: int, ranking: list[int]) -> list[str]:
+        (tmp_path / f"step_{step}").mkdir()
+        checkpoints._prune(step)
+        checkpoints.point_best(ranking)
+        return sorted(path.name for path in tmp_path.glob("step_*"))
+
+    checkpoints.point_best([])
+    assert not best.is_symlink()
+    assert write(10, [10]) == ["step_10"] and best.resolve().name == "step_10"
+    assert write(20, [10, 20]) == ["step_10", "step_20"] and best.resolve().name == "step_10"
+    assert write(30, [30, 10, 20]) == ["step_10", "step_30"] and best.resolve().name == "step_30"
+    assert write(40, [20, 30, 10]) == ["step_30", "step_40"]  # 20 is gone: the best of what is left
+    assert best.resolve().name == "step_30" and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    checkpoints.point_best([])  # `latest` was pointed back to before the first evaluation
+    assert not best.is_symlink() and write(25, []) == ["step_25"]
+
+
 def actor_of(path: Path, dtype: str) -> Actor:
     config = parse_config(
         {
