@@ -112,7 +112,7 @@ def recorded_step(config: Config, vocab: int, seed: int, mini_batch_prompts: int
     return build_step_batch(
         trajectories,
         verdicts,
-        build_objective("reinforce", lambda_=0.1, entropy_coefficient=config.objective.entropy_coefficient),
+        build_objective("reinforce"),
         samples_per_prompt=SAMPLES,
         mini_batch_prompts=mini_batch_prompts,
         aggregation="sequence_mean",
