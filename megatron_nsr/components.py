@@ -23,6 +23,7 @@ from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.objectives.objective import Objective, OwnLoss
 from megatron_nsr.objectives.registry import build_objective
+from megatron_nsr.objectives.schedule import LambdaSchedule, ObjectiveSchedule
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.engines import build_engine, check_engine, engine_ranks
@@ -65,7 +66,13 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     objective = None
     if config.objective.name != "supervised":
         settings = config.objective
-        objective = build_objective(settings.name, lambda_=settings.lambda_, entropy_coefficient=settings.entropy_coefficient)
+        objective = build_objective(
+            settings.name,
+            lambda_=settings.lambda_,
+            regularized=settings.entropy_coefficient > 0 or settings.kl_coefficient > 0,
+            positive_ratio=(settings.positive_ratio[0], settings.positive_ratio[1]),
+            negative_ratio=(settings.negative_ratio[0], settings.negative_ratio[1]),
+        )
         _check_own_loss(objective, config)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
@@ -149,9 +156,19 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
         )
     source: ExperienceSource = References(inputs.tokenizer, config)
     if inputs.objective is not None and rollouts is not None and graders is not None:
-        source = GradedRollouts(rollouts, graders, inputs.objective, config, inputs.tokenizer.stop_ids)
+        source = GradedRollouts(rollouts, graders, _schedule(inputs.objective, config), config, inputs.tokenizer.stop_ids)
     plan = plan_for(actor.chunks, inputs.shape, config.rollout.push_bucket_mib * MIB)
     return Components(actor, rollouts, graders, benchmarks, source, plan)
+
+
+def _schedule(objective: Objective, config: Config) -> ObjectiveSchedule:
+    settings = config.objective
+    if settings.lambda_schedule == "constant":
+        return ObjectiveSchedule(objective, settings.nsr_steps)
+    moving = LambdaSchedule(
+        settings.lambda_, settings.lambda_final, settings.lambda_schedule, settings.lambda_start_step, settings.lambda_end_step
+    )
+    return ObjectiveSchedule(objective, settings.nsr_steps, moving)
 
 
 def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
@@ -193,7 +210,7 @@ def _check_own_loss(objective: Objective, config: Config) -> None:
                 "its own token_loss, which nothing corrects for older weights"
             )
         given = config.objective.model_fields_set
-        for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction"):
+        for name in ("form", "eps_low", "eps_high", "dual_clip", "rollout_correction", "nsr_steps"):
             field = type(config.objective).model_fields[name]
             if name in given and (value := getattr(config.objective, name)) != field.default:
                 raise UserError(f"objective.{name}={value!r}: objective.name={config.objective.name!r} brings its own token_loss")

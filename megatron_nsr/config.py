@@ -1,6 +1,6 @@
 """The configuration schema: one strict model, YAML in, dotted overrides, every field with unit and meaning.
 
-May import: types. Whatever is wrong in a file or an override raises `UserError` naming the field.
+May import: types, presets, objective_fields. Whatever is wrong in a file or an override raises `UserError` naming the field.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
+from megatron_nsr.objective_fields import check_objective
+from megatron_nsr.presets import with_defaults
 from megatron_nsr.types import UserError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -21,6 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Address = Annotated[str, Field(pattern=r"^https?://[^/\s:]+:[0-9]+/?$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
 
 
 class Section(BaseModel):
@@ -113,13 +116,30 @@ class RewardConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: str = Field(description="psr, nsr, w_reinforce, reinforce, grpo, supervised, or the import path of an Objective, module:Class")
-    lambda_: NonNegativeFloat = Field(0.1, alias="lambda", description="weight of positive samples in w_reinforce")
+    name: str = Field(
+        description="psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, supervised, or the import path of an Objective, "
+        "module:Class; some bring defaults of their own, see objectives.md"
+    )
+    preset: Literal["paper", "paper_code"] | None = Field(
+        None, description="settings of the paper or of its public code for what is not given; see objectives.md"
+    )
+    lambda_: NonNegativeFloat = Field(0.1, alias="lambda", description="weight of positive samples in w_reinforce, at first if scheduled")
+    lambda_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how lambda moves to lambda_final")
+    lambda_final: NonNegativeFloat = Field(1.0, description="lambda from step lambda_end_step on, if scheduled")
+    lambda_start_step: NonNegative = Field(0, description="last training step with the first lambda, if scheduled")
+    lambda_end_step: NonNegative = Field(0, description="first training step with lambda_final, if scheduled")
+    nsr_steps: NonNegative = Field(0, description="training steps of NSR before the named objective begins")
+    positive_ratio: Range = Field(
+        [1.0, 1.0], description="topr: what the importance ratio of correct responses is truncated to, [low, high]"
+    )
+    negative_ratio: Range = Field([0.0, 1.0], description="topr: what the importance ratio of wrong responses is truncated to, [low, high]")
     form: Literal["clipped", "reinforce", "probability"] = Field(
         "clipped", description="policy loss of a token: clipped ratio, -w log pi, or -w pi (the paper's equation 6)"
     )
-    eps_low: Fraction = Field(0.2, description="negative samples stop where the ratio falls below 1 - eps_low")
-    eps_high: NonNegativeFloat = Field(0.2, description="positive samples stop where the ratio exceeds 1 + eps_high")
+    eps_low: Fraction = Field(0.2, description="negative samples stop where the ratio falls below 1 - eps_low; no bound for positive ones")
+    eps_high: NonNegativeFloat = Field(
+        0.2, description="positive samples stop where the ratio exceeds 1 + eps_high; no bound for negative ones"
+    )
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         None, description="largest ratio that counts for a negative sample; null: no bound"
     )
@@ -127,13 +147,23 @@ class ObjectiveConfig(Section):
         None, description="cap of the importance weight policy / engine on each token (truncated importance sampling); null: no weight"
     )
     entropy_coefficient: NonNegativeFloat = Field(1e-4, description="entropy bonus over kept tokens, not scaled by lambda")
-    aggregation: Literal["sequence_mean", "token_mean"] = Field(
-        "sequence_mean", description="mean over tokens then samples (paper D.1), or over tokens (its code)"
+    kl_coefficient: NonNegativeFloat = Field(
+        0.0, description="k3 KL to the initial policy over kept tokens, not scaled by lambda; above 0 keeps its weights on the host"
+    )
+    aggregation: Literal["sequence_mean", "token_mean", "budget_mean"] = Field(
+        "sequence_mean",
+        description="mean over tokens then samples (paper D.1), over tokens (its code), or sum over tokens by "
+        "rollout.max_response_tokens, then mean over samples (Dr. GRPO)",
     )
     normalization: Literal["batch", "per_sign"] = Field(
         "batch", description="denominator: samples with a verdict, or kept samples in re-formed mini-batches"
     )
     mini_batch_prompts: Positive = Field(256, description="prompts an optimizer step")
+    sampling_rounds: Positive = Field(
+        1,
+        description="most batches of prompts a step samples: above 1, prompts whose responses are all correct or all wrong give way to "
+        "further ones (DAPO's dynamic sampling)",
+    )
     router_aux_loss: NonNegativeFloat = Field(
         0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
     )
@@ -246,6 +276,11 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        return with_defaults(values)
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         data, objective, parallel = self.data, self.objective, self.parallel
@@ -253,11 +288,8 @@ class Config(Section):
             raise ValueError(
                 f"objective.mini_batch_prompts={objective.mini_batch_prompts} does not divide data.prompts_per_step={data.prompts_per_step}"
             )
-        if objective.dual_clip is not None and objective.form != "clipped":
-            raise ValueError(f"objective.dual_clip={objective.dual_clip} bounds the ratio of form=clipped, and form is {objective.form}")
+        check_objective(objective.model_dump(by_alias=True), _defaults(ObjectiveConfig))
         self._consistent_servers()
-        if objective.rollout_correction is not None and objective.name == "supervised":
-            raise ValueError(f"objective.rollout_correction={objective.rollout_correction} needs rollouts, and name=supervised has none")
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
         if parallel.sequence and parallel.tensor == 1:
@@ -335,6 +367,11 @@ def parse_config(values: Any) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """The fields' defaults by the names that users write."""
+    return {info.alias or name: info.get_default() for name, info in section.model_fields.items()}
 
 
 def _describe(item: Any) -> str:

@@ -5,8 +5,8 @@ May import: everything below the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,8 +15,10 @@ from megatron_nsr.clock import PhaseClock
 from megatron_nsr.config import Config
 from megatron_nsr.data.references import reference_trajectory
 from megatron_nsr.data.tokenizers import Tokenizer
+from megatron_nsr.objectives.dynamic_sampling import Group, grouped, refilled
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch, token_scales
-from megatron_nsr.objectives.objective import Objective
+from megatron_nsr.objectives.schedule import ObjectiveSchedule
+from megatron_nsr.objectives.signed import SignedObjective
 from megatron_nsr.observability.response_metrics import response_metrics
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rewards.sharing import grade_shared
@@ -27,16 +29,23 @@ from megatron_nsr.types import Prompt, Trajectory, UserError, Verdict, WeightedS
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """A step's batch, what it was made of (for the kept samples) and its metrics."""
+    """A step's batch, what it was made of (for the kept samples) and its metrics.
+
+    prompt_batches: how many batches of prompts were taken.
+    """
 
     batch: StepBatch
+    prompts: Sequence[Prompt]
     trajectories: Sequence[Trajectory]
     verdicts: Sequence[Verdict]
     metrics: dict[str, float]
+    prompt_batches: int = 1
 
 
 class ExperienceSource(Protocol):
-    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience: ...
+    def collect(self, batches: Iterator[Sequence[Prompt]], step: int, clock: PhaseClock) -> Experience:
+        """The step's data from the next batch of prompts, or from more of them."""
+        ...
 
     def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
         """Begins to sample for a later step's `collect`, from the engine's present weights."""
@@ -54,32 +63,61 @@ class ExperienceSource(Protocol):
 class GradedRollouts:
     """Reinforcement learning: sample, grade, weigh."""
 
-    def __init__(self, rollouts: Rollouts, graders: GraderPool, objective: Objective, config: Config, stop_ids: tuple[int, ...]) -> None:
-        self.rollouts, self.graders, self.objective, self.config = rollouts, graders, objective, config
+    def __init__(
+        self, rollouts: Rollouts, graders: GraderPool, schedule: ObjectiveSchedule, config: Config, stop_ids: tuple[int, ...]
+    ) -> None:
+        self.rollouts, self.graders, self.schedule, self.config = rollouts, graders, schedule, config
         rollout = config.rollout
         self.sampling = Sampling(
             temperature=rollout.temperature, top_p=1.0, top_k=-1, max_tokens=rollout.max_response_tokens, stop_ids=stop_ids
         )
 
-    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
-        samples, settings = self.config.rollout.samples_per_prompt, self.config.objective
-        with clock("rollout"):
-            trajectories = self.rollouts.generate(prompts, step=step, samples=samples, sampling=self.sampling, purpose="train")
-        with clock("reward"):
-            verdicts = grade_shared(trajectories, prompts, self.graders, self.config.reward.truncated)
+    def collect(self, batches: Iterator[Sequence[Prompt]], step: int, clock: PhaseClock) -> Experience:
+        samples, settings, objective = self.config.rollout.samples_per_prompt, self.config.objective, self.schedule.at(step)
+        rounds = [self._round(next(batches), step, clock)]
+        groups = rounds[0]
+        while len(rounds) < settings.sampling_rounds and not all(group.mixed for group in groups):
+            sampled = {group.prompt.id for drawn in rounds for group in drawn}
+            # An epoch's end may bring a prompt for the second time, and its seeds would draw the same responses.
+            rounds.append(self._round([prompt for prompt in next(batches) if prompt.id not in sampled], step, clock))
+            groups = refilled(groups, rounds[-1])
+        trajectories = [replace(trajectory, prompt=place) for place, group in enumerate(groups) for trajectory in group.trajectories]
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
         batch = build_step_batch(
             trajectories,
             verdicts,
-            self.objective,
+            objective,
             samples_per_prompt=samples,
             mini_batch_prompts=settings.mini_batch_prompts,
             aggregation=settings.aggregation,
             normalization=settings.normalization,
+            token_budget=self.config.rollout.max_response_tokens,
         )
-        kept = sum(len(mini_batch) for mini_batch in batch.mini_batches)
-        metrics = {**response_metrics(trajectories, verdicts, samples), "policy/kept_ratio": kept / len(trajectories)}
-        metrics["rollout/staleness"] = float(np.mean([step - 1 - trajectory.weight_version for trajectory in trajectories]))
-        return Experience(batch, trajectories, verdicts, metrics)
+        metrics = self._metrics([group for drawn in rounds for group in drawn], batch, step)
+        metrics["rollout/rounds"] = float(len(rounds))
+        if settings.name == "w_reinforce" and isinstance(objective, SignedObjective):
+            metrics["policy/lambda"] = objective.positive
+        return Experience(batch, [group.prompt for group in groups], trajectories, verdicts, metrics, len(rounds))
+
+    def _round(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> list[Group]:
+        samples = self.config.rollout.samples_per_prompt
+        if not prompts:
+            return []
+        with clock("rollout"):
+            trajectories = self.rollouts.generate(prompts, step=step, samples=samples, sampling=self.sampling, purpose="train")
+        with clock("reward"):
+            verdicts = grade_shared(trajectories, prompts, self.graders, self.config.reward.truncated)
+        return grouped(prompts, trajectories, verdicts, samples)
+
+    def _metrics(self, sampled: Sequence[Group], batch: StepBatch, step: int) -> dict[str, float]:
+        """Of all that was sampled: what dynamic sampling selects would tell nothing of the policy."""
+        trajectories = [trajectory for group in sampled for trajectory in group.trajectories]
+        verdicts = [verdict for group in sampled for verdict in group.verdicts]
+        return {
+            **response_metrics(trajectories, verdicts, self.config.rollout.samples_per_prompt),
+            "policy/kept_ratio": sum(len(mini_batch) for mini_batch in batch.mini_batches) / len(trajectories),
+            "rollout/staleness": float(np.mean([step - 1 - trajectory.weight_version for trajectory in trajectories])),
+        }
 
     def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
         self.rollouts.draw_ahead(prompts, step=step, samples=self.config.rollout.samples_per_prompt, sampling=self.sampling)
@@ -95,13 +133,14 @@ class References:
     """Supervised learning: the data's own responses, each reinforced with weight 1, one optimizer step a batch."""
 
     def __init__(self, tokenizer: Tokenizer, config: Config) -> None:
-        self.tokenizer, self.aggregation = tokenizer, config.objective.aggregation
+        self.tokenizer, self.aggregation, self.token_budget = tokenizer, config.objective.aggregation, config.rollout.max_response_tokens
 
-    def collect(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> Experience:
+    def collect(self, batches: Iterator[Sequence[Prompt]], step: int, clock: PhaseClock) -> Experience:
+        prompts = next(batches)
         trajectories = [reference_trajectory(self.tokenizer, index, prompt) for index, prompt in enumerate(prompts)]
-        scales = token_scales(trajectories, trajectories, self.aggregation)
+        scales = token_scales(trajectories, trajectories, self.aggregation, self.token_budget)
         samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
-        return Experience(StepBatch((tuple(samples),), ()), trajectories, (), {})
+        return Experience(StepBatch((tuple(samples),), ()), prompts, trajectories, (), {})
 
     def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
         """Nothing is sampled."""

@@ -5,6 +5,7 @@ May import: everything below it. One step reads top to bottom in `Trainer.train_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,10 +107,9 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One step on one batch of prompts; `self.step` counts it when it is complete."""
         clock, step = PhaseClock(), self.step + 1
-        prompts = self._prompts(step)
-        experience = self._sampled(lambda: self.parts.source.collect(prompts, step, clock))
+        experience = self._sampled(lambda: self.parts.source.collect(map(self._prompts, itertools.count()), step, clock))
         if self.config.rollout.max_staleness and step < self.config.run.steps:
-            self.parts.source.draw_ahead(self._prompts(step + 1), step + 1)
+            self.parts.source.draw_ahead(self._prompts(experience.prompt_batches), step + 1)
         with clock("old_logprobs"):
             prepared = self.parts.actor.prepare(experience.batch, step)
         with clock("update"):
@@ -121,12 +121,14 @@ class Trainer:
             if self.parts.pushes_every_step:
                 metrics |= self.parts.push(step)
         self.step = step
-        self.sampler.next()  # only now: a step that is given up is drawn again
-        self.recorder.keep_samples(step, prompts, experience)
+        for _ in range(experience.prompt_batches):
+            self.sampler.next()  # only now: a step that is given up is drawn again
+        self.recorder.keep_samples(step, experience.prompts, experience)
         return self._step_metrics(self.parts.source.finish(metrics), experience, clock)
 
-    def _prompts(self, step: int) -> list[Prompt]:
-        return [self.prompts[index] for index in self.sampler.peek(step - self.step - 1)]
+    def _prompts(self, ahead: int) -> list[Prompt]:
+        """The sampler's next batch, or one that comes `ahead` batches later."""
+        return [self.prompts[index] for index in self.sampler.peek(ahead)]
 
     def _sampled(self, sample: Callable[[], Result]) -> Result:
         """What `sample` draws; where all servers lost their weights, from those that answer once these were pushed again."""

@@ -127,6 +127,7 @@ class TrainBatch:
     scale: torch.Tensor  # float32, >= 0
     rollout_logprobs: torch.Tensor  # float32, 0 outside the response
     old_logprobs: torch.Tensor | None = None  # float32; None: on-policy, the ratio is exp(lp - stop_gradient(lp))
+    reference_logprobs: torch.Tensor | None = None  # float32, of the reference policy; None: there is none
 
 
 @dataclass(frozen=True, slots=True)

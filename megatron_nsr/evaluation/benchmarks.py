@@ -20,7 +20,7 @@ from megatron_nsr.rewards.sharing import grade_shared
 from megatron_nsr.rollout.engine import Sampling
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.types import Prompt, Trajectory, Verdict
+from megatron_nsr.types import Outcome, Prompt, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ def token_terms(logprobs: Float[Tensor, "tokens"], entropy: Float[Tensor, "token
     loss, grad, clipped = _policy_terms(logprobs, tokens, terms)
     loss = regularized(loss, logprobs, entropy, tokens.reference_logprobs, terms)
     if terms.kl_coefficient:
+        assert tokens.reference_logprobs is not None, "a KL term needs reference_logprobs"
         distance, bounded = _kl_distance(logprobs, tokens.reference_logprobs)
         grad = grad - terms.kl_coefficient * bounded.expm1() * (distance == bounded)
     kept = tokens.scale > 0
@@ -92,15 +93,20 @@ def regularized(
 ) -> Float[Tensor, "tokens"]:
     """`loss - c_H H + c_KL k3`, differentiable."""
     if terms.kl_coefficient:
-        _, bounded = _kl_distance(logprobs, reference_logprobs)
-        loss = loss + terms.kl_coefficient * (bounded.expm1() - bounded)
+        assert reference_logprobs is not None, "a KL term needs reference_logprobs"
+        loss = loss + terms.kl_coefficient * k3(logprobs, reference_logprobs)
     if terms.entropy_coefficient:
         loss = loss - terms.entropy_coefficient * entropy
     return loss
 
 
-def _kl_distance(logprobs: Tensor, reference_logprobs: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert reference_logprobs is not None, "a KL term needs reference_logprobs"
+def k3(logprobs: Float[Tensor, "tokens"], reference_logprobs: Float[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+    """e^d - d - 1 with d = log pi_ref - log pi: an estimate of KL(pi || pi_ref) at tokens drawn from pi; never negative."""
+    _, bounded = _kl_distance(logprobs, reference_logprobs)
+    return bounded.expm1() - bounded
+
+
+def _kl_distance(logprobs: Tensor, reference_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     distance = reference_logprobs - logprobs
     return distance, distance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 

@@ -1,6 +1,6 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300, equation 3 with outcome rewards).
+"""Group-relative advantages: GRPO (arXiv 2402.03300, equation 3 with outcome rewards) and DAPO (arXiv 2503.14476, equation 9).
 
-May import: types, objectives.objective.
+May import: the rest of objectives.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from megatron_nsr.objectives.groups import centred, kept_where_needed
 from megatron_nsr.objectives.objective import SampleWeights
 
 # Below this spread a group's rewards are equal up to rounding: there is nothing to compare.
@@ -19,18 +20,15 @@ MIN_SPREAD = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class GroupRelative:
-    """(r - mean) / standard deviation (n - 1) over a prompt's samples that have a verdict; 0 where the spread is 0.
+    """A = (r - mean) / standard deviation (n - 1) over a prompt's samples that have a verdict; 0 where the spread is 0.
 
-    carries_entropy: with an entropy bonus a group without spread still has a loss, so it is kept.
+    What sets DAPO apart stands in the configuration: its clip range, token mean, dynamic sampling and masked truncated responses.
     """
 
-    carries_entropy: bool
+    regularized: bool
 
     def weigh(self, rewards: Float[Tensor, "prompts samples"], judged: Bool[Tensor, "prompts samples"]) -> SampleWeights:
-        mask = judged.to(rewards.dtype)
-        count = mask.sum(1, keepdim=True)
-        centred = (rewards - (rewards * mask).sum(1, keepdim=True) / count.clamp_min(1)) * mask
-        spread = (centred.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
-        advantages = torch.where(spread > MIN_SPREAD, centred / spread.clamp_min(MIN_SPREAD), torch.zeros_like(centred))
-        kept = judged if self.carries_entropy else judged & (advantages != 0)
-        return SampleWeights(advantages, kept)
+        differences, count = centred(rewards, judged)
+        spread = (differences.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)).sqrt()
+        advantages = torch.where(spread > MIN_SPREAD, differences / spread.clamp_min(MIN_SPREAD), torch.zeros_like(differences))
+        return kept_where_needed(advantages, judged, regularized=self.regularized)

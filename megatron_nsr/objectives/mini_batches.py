@@ -14,7 +14,7 @@ import torch
 from megatron_nsr.objectives.objective import Objective, SampleWeights
 from megatron_nsr.types import Trajectory, Verdict, WeightedSample
 
-Aggregation = Literal["sequence_mean", "token_mean"]
+Aggregation = Literal["sequence_mean", "token_mean", "budget_mean"]
 Normalization = Literal["batch", "per_sign"]
 
 
@@ -35,6 +35,7 @@ def build_step_batch(
     mini_batch_prompts: int,
     aggregation: Aggregation,
     normalization: Normalization,
+    token_budget: int = 1,
 ) -> StepBatch:
     """Weighs the step's trajectories, which are ordered by prompt and then by sample.
 
@@ -50,18 +51,23 @@ def build_step_batch(
     for start in range(0, len(chosen), size):
         rows = chosen[start : start + size]
         counted = [trajectories[i] for i in rows if verdicts[i].reward is not None]
-        scales = token_scales([trajectories[i] for i in rows], counted, aggregation)
+        scales = token_scales([trajectories[i] for i in rows], counted, aggregation, token_budget)
         samples = (WeightedSample(trajectories[i], weights[i], scale) for i, scale in zip(rows, scales, strict=True) if kept[i])
         mini_batches.append(tuple(samples))
     judged = (i for i, verdict in enumerate(verdicts) if verdict.reward is not None)
     return StepBatch(tuple(mini_batches), tuple(trajectories[i] for i in judged if not kept[i]))
 
 
-def token_scales(samples: Sequence[Trajectory], counted: Sequence[Trajectory], aggregation: Aggregation) -> list[float]:
-    """What one response token of each sample counts: 1 / (T N) for sequence_mean, 1 / (sum of T) for token_mean.
+def token_scales(
+    samples: Sequence[Trajectory], counted: Sequence[Trajectory], aggregation: Aggregation, token_budget: int = 1
+) -> list[float]:
+    """What one response token of each sample counts: 1 / (T N) for sequence_mean, 1 / (sum of T) for token_mean, and for budget_mean
+    1 / (token_budget N), the same whatever a response's length is (Dr. GRPO, arXiv 2503.20783).
 
     `counted` are the samples that form the denominator.
     """
+    if aggregation == "budget_mean":
+        return [1.0 / (token_budget * max(1, len(counted)))] * len(samples)
     if aggregation == "sequence_mean":
         return [1.0 / (sample.length * max(1, len(counted))) for sample in samples]
     return [1.0 / max(1, sum(sample.length for sample in counted))] * len(samples)

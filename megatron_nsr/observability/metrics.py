@@ -35,6 +35,7 @@ METRICS: dict[str, str] = {
     "rollout/correction_mean": "mean weight that the rollout correction puts on a trained token, 1 where engine and policy agree",
     "rollout/weight_version": "version of the policy that sampled the step's responses, count of pushes",
     "rollout/staleness": "steps that the policy has made since the weights that sampled the step's responses, mean",
+    "rollout/rounds": "batches of prompts that were sampled for the step; more than 1 with dynamic sampling alone",
     "rollout/push_bytes": "weights handed to each engine after the step's update, bytes",
     "rollout/engines": "engines that took these weights: of the run's own, or servers, of which some may be gone for a while",
     "policy/loss": "policy loss, mean over the step's mini-batches, nats",
@@ -45,8 +46,10 @@ METRICS: dict[str, str] = {
     "policy/grad_norm": "global gradient norm before clipping, mean over the step's mini-batches",
     "policy/grad_norm_head_psr": "gradient norm that correct responses send into the LM head's input, entropy bonus excluded",
     "policy/grad_norm_head_nsr": "gradient norm that wrong responses send into the LM head's input, entropy bonus excluded",
-    "policy/grad_norm_psr": "whole gradient's norm of correct responses alone, entropy bonus excluded, every logging.probe_every steps",
-    "policy/grad_norm_nsr": "whole gradient's norm of wrong responses alone, entropy bonus excluded, every logging.probe_every steps",
+    "policy/grad_norm_psr": "whole gradient's norm of correct responses alone, without entropy bonus and KL term, "
+    "every logging.probe_every steps",
+    "policy/grad_norm_nsr": "whole gradient's norm of wrong responses alone, without entropy bonus and KL term, "
+    "every logging.probe_every steps",
     "policy/grad_cosine": "cosine between the two whole gradients, -1 to 1, every logging.probe_every steps",
     "policy/clip_fraction_psr": "tokens of correct responses whose gradient the ratio clip zeroes, 0 to 1",
     "policy/clip_fraction_nsr": "tokens of wrong responses whose gradient the ratio clip zeroes, 0 to 1",
@@ -56,6 +59,9 @@ METRICS: dict[str, str] = {
     "policy/logprob": "mean log-probability of response tokens under the policy, nats a token",
     "policy/logprob_psr": "mean log-probability of trained tokens of correct responses under the policy, nats a token",
     "policy/logprob_nsr": "mean log-probability of trained tokens of wrong responses under the policy, nats a token",
+    "policy/kl_reference": "mean k3 estimate of the KL divergence from the policy to the initial one at response tokens, nats a token; "
+    "with objective.kl_coefficient above 0",
+    "policy/lambda": "weight of correct responses in the step, in w_reinforce",
     "policy/kept_ratio": "responses that the objective trains on, share of all sampled, 0 to 1",
     "policy/updates": "optimizer steps in the training step, count",
     "policy/learning_rate": "learning rate of the step's last update",

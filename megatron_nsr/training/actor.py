@@ -24,8 +24,9 @@ from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.training.load_balancing import aux_loss_metric, balance_mini_batch
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.optimizer import set_learning_rate
-from megatron_nsr.training.packing import pack_micro_batches, with_old_logprobs
+from megatron_nsr.training.packing import pack_micro_batches
 from megatron_nsr.training.parallel_groups import ParallelGroups
+from megatron_nsr.training.reference import ReferenceWeights
 from megatron_nsr.training.sign_probe import Gradients, compare_gradients, copied, main_gradients
 from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
@@ -73,13 +74,14 @@ class Actor:
         *,
         terms: LossTerms,
         own_loss: OwnLoss | None,
+        reference: ReferenceWeights | None,
         tokens_per_micro_batch: int,
         router_aux_loss: float,
         diagnostics: Diagnostics,
     ) -> None:
         self.chunks = list(chunks)  # the bare model
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
-        self.terms, self.own_loss = terms, own_loss
+        self.terms, self.own_loss, self.reference = terms, own_loss, reference
         self.budget, self.router_aux_loss, self.diagnostics = tokens_per_micro_batch, router_aux_loss, diagnostics
         config = self.wrapped[0].config
         self._in_step = config.expert_model_parallel_size > 1
@@ -89,17 +91,20 @@ class Actor:
     def prepare(self, batch: StepBatch, step: int) -> PreparedStep:
         """Packs the step and recomputes old log-probs, unless a single mini-batch makes every sample on-policy.
 
-        A fixed random share of the dropped samples is measured too, so that entropy and gap are not biased by sign.
+        A fixed random share of the dropped samples is measured too, so that entropy and gap are not biased by sign. Where there is a
+        reference policy, all that is packed gets its log-probs.
         """
         packed = [self.pack(samples) for samples in batch.mini_batches if samples]
         probe = self._probe(batch.dropped, step)
         probed = self.pack(probe) if probe else []
+        if self.reference is not None and (packed or probed):
+            *packed, probed = self._with_reference_logprobs([*packed, probed])
         kept = TokenSums()
         to_score = [micro for mini in packed for micro in mini] if len(packed) > 1 else []
         outputs = self.score([*to_score, *probed]) if to_score or probed else []
         if to_score:
             kept = measure(to_score, outputs)
-            packed = _attach_old_logprobs(packed, outputs)
+            packed = _attach(packed, "old_logprobs", outputs)
         return PreparedStep(
             tuple(packed),
             kept,
@@ -138,9 +143,9 @@ class Actor:
         micro_batches = self.pack([WeightedSample(trajectory, 0.0, 0.0) for trajectory in trajectories])
         return measured_metrics(measure(micro_batches, self.score(micro_batches)), TokenSums(), 0.0, self.groups)
 
-    def score(self, micro_batches: MicroBatches) -> list[HeadOutputs]:
+    def score(self, micro_batches: MicroBatches, *, entropy: bool = True) -> list[HeadOutputs]:
         """Forward only: log-probs and entropy of each micro-batch, on last pipeline stages; elsewhere an empty list."""
-        inputs = [HeadInputs(micro.targets, rows=micro.response_rows) for micro in micro_batches]
+        inputs = [HeadInputs(micro.targets, rows=micro.response_rows, measure_entropy=entropy) for micro in micro_batches]
         with torch.no_grad():
             return self._run(micro_batches, inputs, forward_only=True)
 
@@ -157,14 +162,20 @@ class Actor:
             device=self.groups.device,
         )
 
+    def _with_reference_logprobs(self, batches: list[MicroBatches]) -> list[MicroBatches]:
+        assert self.reference is not None
+        with self.reference.in_model():
+            outputs = self.score([micro for batch in batches for micro in batch], entropy=False)
+        return _attach(batches, "reference_logprobs", outputs)
+
     def _probe(self, dropped: Sequence[Trajectory], step: int) -> list[WeightedSample]:
         count = math.ceil(self.diagnostics.dropped_share * len(dropped))
         rows = np.random.default_rng((self.diagnostics.seed, step)).permutation(len(dropped))[:count]
         return [WeightedSample(dropped[row], 0.0, 0.0) for row in sorted(rows)]
 
     def _compare_signs(self, micro_batches: MicroBatches) -> dict[str, float]:
-        """Norms of the gradients of positive and of negative samples, entropy bonus excluded, and the cosine between them."""
-        terms = replace(self.terms, entropy_coefficient=0.0)
+        """Norms of the gradients of positive and of negative samples, entropy bonus and KL term excluded, and the cosine between them."""
+        terms = replace(self.terms, entropy_coefficient=0.0, kl_coefficient=0.0)
 
         def of_sign(sign: float) -> Gradients:
             one_sign = [replace(m, scale=m.scale * (m.weights * sign > 0)) for m in micro_batches]
@@ -197,6 +208,7 @@ class Actor:
                 micro.weights,
                 micro.scale,
                 micro.old_logprobs,
+                micro.reference_logprobs,
                 rollout_logprobs=micro.rollout_logprobs,
                 rows=micro.response_rows,
                 own_loss=partial(self.own_loss.token_loss, batch=micro) if self.own_loss else None,
@@ -260,11 +272,11 @@ def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[Head
     return output, lambda head: (head.loss, head)
 
 
-def _attach_old_logprobs(packed: list[MicroBatches], outputs: Sequence[HeadOutputs]) -> list[MicroBatches]:
-    """Gives each micro-batch its log-probs; stages without outputs get zeros, which they never use."""
+def _attach(batches: Sequence[MicroBatches], field: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatches]:
+    """Gives each micro-batch its log-probs as `field`; stages without outputs get zeros, which they never use."""
     remaining = iter(outputs)
     attached = []
-    for mini in packed:
-        scored = [(micro, next(remaining, None)) for micro in mini]
-        attached.append([with_old_logprobs(m, o.logprobs if o else torch.zeros_like(m.rollout_logprobs)) for m, o in scored])
+    for batch in batches:
+        scored = [(micro, next(remaining, None)) for micro in batch]
+        attached.append([replace(m, **{field: o.logprobs if o else torch.zeros_like(m.rollout_logprobs)}) for m, o in scored])
     return attached

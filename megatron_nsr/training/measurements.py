@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_nsr.losses.policy_head import HeadOutputs
-from megatron_nsr.losses.terms import LossTerms
+from megatron_nsr.losses.terms import LossTerms, k3
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
-_MEASURED = ("tokens", "entropy", "logprob", "gap")
+_MEASURED = ("tokens", "entropy", "logprob", "gap", "kl_reference", "tokens_with_reference")
 _SIGNS = ("psr", "nsr")
 _VECTORS = ("loss", "clipped", "entropy", "logprob", "input_grad_sq")
 # The head does not always give the last two: the tokens that had them tell "none" from 0.
@@ -43,7 +43,7 @@ class TokenSums:
 
 
 def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> TokenSums:
-    """Entropy of the policy and |engine - policy| log-prob over response tokens; empty on stages that have no outputs."""
+    """Entropy, KL to a reference and |engine - policy| log-prob over response tokens; empty on stages that have no outputs."""
     total = TokenSums()
     for batch, output in zip(batches, outputs, strict=False):
         mask = batch.response_mask
@@ -52,6 +52,9 @@ def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> To
         total.add("entropy", output.entropy[mask].double().sum())
         total.add("logprob", output.logprobs[mask].double().sum())
         total.add("gap", gap.double().sum())
+        if batch.reference_logprobs is not None:
+            total.add("kl_reference", k3(output.logprobs, batch.reference_logprobs)[mask].double().sum())
+            total.add("tokens_with_reference", mask.sum())
         # A log-prob that is no number is an infinite gap: max() of Python and of gloo may pass over a NaN.
         total.max_gap = max(total.max_gap, float(gap.nan_to_num(nan=torch.inf).max()) if len(gap) else 0.0)
     return total
@@ -60,11 +63,13 @@ def measure(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs]) -> To
 def measure_update(batches: Sequence[TrainBatch], outputs: Sequence[HeadOutputs], terms: LossTerms) -> TokenSums:
     """The mini-batch's loss and what the head measured with it, split by the sign of the weight.
 
-    The per-sign losses and gradient norms leave the entropy bonus out.
+    The per-sign losses leave entropy bonus and KL term out.
     """
     total = TokenSums()
     for batch, output in zip(batches, outputs, strict=False):
         policy_loss = output.token_loss + terms.entropy_coefficient * batch.scale * output.entropy
+        if batch.reference_logprobs is not None:
+            policy_loss = policy_loss - terms.kl_coefficient * batch.scale * k3(output.logprobs, batch.reference_logprobs)
         total.add("loss", output.token_loss.double().sum())
         if terms.correction_cap is not None:
             trained = (batch.weights != 0) & (batch.scale > 0)
@@ -88,15 +93,19 @@ def _corrections(batch: TrainBatch, output: HeadOutputs, cap: float) -> torch.Te
 def measured_metrics(kept: TokenSums, probed: TokenSums, probe_weight: float, groups: ParallelGroups) -> dict[str, float]:
     """Entropy and gap of the step's samples, each dropped sample that was measured counting `probe_weight` times."""
     kept, probed = kept.reduced(groups, _MEASURED), probed.reduced(groups, _MEASURED)
-    tokens, entropy, logprob, gap = (kept.sums[name] + probe_weight * probed.sums[name] for name in _MEASURED)
+    sums = {name: kept.sums[name] + probe_weight * probed.sums[name] for name in _MEASURED}
+    tokens = sums["tokens"]
     if not tokens:
         return {}
-    return {
-        "policy/entropy": entropy / tokens,
-        "policy/logprob": logprob / tokens,
-        "rollout/logprob_gap_mean": gap / tokens,
+    metrics = {
+        "policy/entropy": sums["entropy"] / tokens,
+        "policy/logprob": sums["logprob"] / tokens,
+        "rollout/logprob_gap_mean": sums["gap"] / tokens,
         "rollout/logprob_gap_max": max(kept.max_gap, probed.max_gap),
     }
+    if sums["tokens_with_reference"]:
+        metrics["policy/kl_reference"] = sums["kl_reference"] / sums["tokens_with_reference"]
+    return metrics
 
 
 def update_metrics(updates: Sequence[TokenSums], grad_norms: Sequence[float], groups: ParallelGroups) -> dict[str, float]:

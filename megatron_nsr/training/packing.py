@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -99,11 +98,6 @@ def pack(samples: Sequence[WeightedSample], token_multiple: int = 1, device: tor
     tensors["response_rows"] = tensors["response_mask"].nonzero()[:, 0]  # here and not on the GPU, which would have to be waited for
     tensors["cu_seqlens"] = torch.tensor([0, *np.cumsum(filled)], dtype=torch.int32)
     return TrainBatch(max_seqlen=max(filled), **{name: tensor.to(device) for name, tensor in tensors.items()})
-
-
-def with_old_logprobs(batch: TrainBatch, logprobs: torch.Tensor) -> TrainBatch:
-    """The same micro-batch with the policy's log-probs from before the first update."""
-    return replace(batch, old_logprobs=logprobs)
 
 
 def _on_response(trajectory: Trajectory, value: float | bool | np.ndarray) -> np.ndarray:

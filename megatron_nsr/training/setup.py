@@ -22,6 +22,7 @@ from megatron_nsr.training.checkpoint_files import is_checkpoint, read_descripti
 from megatron_nsr.training.checkpoints import load_state
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
+from megatron_nsr.training.reference import ReferenceWeights
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
 
@@ -40,6 +41,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
     )
     load_initial_weights(chunks, config, shape, backend)
+    reference = ReferenceWeights(chunks) if training and config.objective.kl_coefficient else None
     signed = config.objective.name != "supervised"
     wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
     if training:
@@ -54,6 +56,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         groups,
         terms=loss_terms(config.objective),
         own_loss=own_loss,
+        reference=reference,
         tokens_per_micro_batch=config.training.tokens_per_micro_batch,
         router_aux_loss=config.objective.router_aux_loss,
         diagnostics=Diagnostics(
@@ -85,6 +88,7 @@ def loss_terms(objective: ObjectiveConfig) -> LossTerms:
         eps_high=objective.eps_high,
         dual_clip=objective.dual_clip,
         entropy_coefficient=objective.entropy_coefficient,
+        kl_coefficient=objective.kl_coefficient,
         correction_cap=objective.rollout_correction,
     )
 

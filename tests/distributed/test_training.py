@@ -13,7 +13,7 @@ import transformers
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed.launcher import run_cases
-from tests.distributed.training_cases import CASES, DETOURS, HELDOUT, MOVES
+from tests.distributed.training_cases import CASES, DETOURS, HELDOUT, MOVES, SIGNS
 from tests.plain_entropy import plain_entropy, random_responses
 from tests.tiny_models import write_tiny_model
 
@@ -22,7 +22,7 @@ BF16 = [f"bf16/{case}" for case, _ in DETOURS]
 EVERY = ["one/tied", "one/untied", *PARALLEL, *BF16]
 CONTINUED = [move for moves in MOVES.values() for move in moves]
 # Log-prob gaps are against random numbers here; they follow from the log-probs that are compared.
-COMPARED = ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/logprob", "rollout/correction_mean")
+COMPARED = ("policy/loss", "policy/grad_norm", "policy/entropy", "policy/logprob", "policy/kl_reference", "rollout/correction_mean")
 BY_SIGN = ("policy/loss", "policy/entropy", "policy/logprob", "policy/grad_norm_head")
 PROBED = ("policy/grad_norm_psr", "policy/grad_norm_nsr", "policy/grad_cosine")  # every second step
 CLIPPED = ("policy/clip_fraction_psr", "policy/clip_fraction_nsr")
@@ -96,8 +96,16 @@ def test_the_cases_exercise_what_they_claim(results: dict[str, Any], out: Path) 
     assert first["policy/clip_fraction_psr"] > 0 and first["policy/clip_fraction_nsr"] > 0
     assert not set(PROBED) & first.keys() and set(PROBED) <= second.keys()
     assert 0 < first["rollout/correction_mean"] < 1.5
+    assert first["policy/kl_reference"] == 0 and second["policy/kl_reference"] > 1e-4
     start = torch.load(out / "one" / "tied" / "weights.pt")["model.norm.weight"]
     assert results["one/tied"]["third"]["policy/loss"] != second["policy/loss"] and start.isfinite().all()
+
+
+@pytest.mark.parametrize("case", SIGNS.values())
+def test_the_gradients_of_psr_and_nsr_add_up_to_that_of_reinforce(results: dict[str, Any], case: str) -> None:
+    found = results[f"signs/{case}"]
+    assert found["error"] < 1e-5
+    assert found["clip_fraction_psr"] > 0 and found["clip_fraction_nsr"] > 0
 
 
 @pytest.mark.parametrize("case", EVERY)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.setup import build_actor
+from megatron_nsr.training.sign_probe import copied, main_gradients
 from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 from megatron_nsr.weights.gathering import gather_hf_tensors
 from tests.plain_entropy import random_responses
@@ -70,6 +73,8 @@ MOVES: dict[int, list[tuple[str, str]]] = {
 }
 # (case that wrote a bf16 checkpoint, layout that reads and writes it again), on 4 ranks
 DETOURS = [("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"), ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed")]
+# By world size: where the gradients of PSR and NSR are compared with that of REINFORCE.
+SIGNS: dict[int, str] = {1: "one/tied", 2: "dp2_distributed/untied", 4: "pp2_vpp2_dp2_distributed/tied"}
 PROMPTS, SAMPLES = 4, 3
 HELDOUT = [(3, 5), (1, 1), (12, 2), (2, 40), (5, 5), (7, 1), (4, 16)]  # prompt and response tokens
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
@@ -78,7 +83,7 @@ VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reaso
 def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Config:
     """Learning rate and clip range are such that some ratios leave the range in the second mini-batch."""
     training = {name: fields.pop(name) for name in ("recompute", "tokens_per_micro_batch") if name in fields}
-    router_aux_loss = fields.pop("router_aux_loss", 0.0)
+    router_aux_loss, gradient_clip = fields.pop("router_aux_loss", 0.0), fields.pop("gradient_clip", 1.0)
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 3},
@@ -90,18 +95,19 @@ def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Co
                 "eps_low": 0.01,
                 "eps_high": 0.01,
                 "entropy_coefficient": 0.01,
+                "kl_coefficient": 0.05,
                 "rollout_correction": 1.5,
                 "router_aux_loss": router_aux_loss,
             },
             "logging": {"sign_norms_every": 1, "probe_every": 2},
-            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": 1.0},
+            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1, "gradient_clip": gradient_clip},
             "parallel": fields,
             "training": {"tokens_per_micro_batch": 60, "head_chunk_tokens": 16} | training,
         }
     )
 
 
-def recorded_step(config: Config, vocab: int, seed: int, mini_batch_prompts: int) -> StepBatch:
+def recorded_step(vocab: int, seed: int, mini_batch_prompts: int, name: str = "reinforce") -> StepBatch:
     """A step's trajectories, the same wherever it is called: lengths differ, and so do verdicts."""
     draw = np.random.default_rng(seed)
     trajectories, verdicts = [], []
@@ -114,7 +120,7 @@ def recorded_step(config: Config, vocab: int, seed: int, mini_batch_prompts: int
     return build_step_batch(
         trajectories,
         verdicts,
-        build_objective("reinforce", lambda_=0.1, entropy_coefficient=config.objective.entropy_coefficient),
+        build_objective(name),
         samples_per_prompt=SAMPLES,
         mini_batch_prompts=mini_batch_prompts,
         aggregation="sequence_mean",
@@ -124,7 +130,7 @@ def recorded_step(config: Config, vocab: int, seed: int, mini_batch_prompts: int
 
 def train(actor: Actor, config: Config, vocab: int, step: int) -> dict[str, float]:
     """Step 1 has two mini-batches, so old log-probs and clipping matter; the others are on-policy."""
-    batch = recorded_step(config, vocab, seed=step, mini_batch_prompts=2 if step == 1 else PROMPTS)
+    batch = recorded_step(vocab, seed=step, mini_batch_prompts=2 if step == 1 else PROMPTS)
     return actor.update(actor.prepare(batch, step), config.optimizer.learning_rate)
 
 
@@ -158,6 +164,30 @@ def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "
         "third": third,
         "resumed": resume(model, fields, folder / "checkpoints", folder / "resumed.pt", dtype),
     }
+
+
+def compare_signs(model: Path, fields: dict[str, Any]) -> dict[str, float]:
+    """|g_PSR + g_NSR - g_REINFORCE| / |g_REINFORCE| of the main gradients over all ranks, and the clip fractions behind them.
+
+    Three actors at equal parameters, on equal trajectories. Between old log-probs and gradient all weights grow by a fiftieth, so that
+    ratios leave the clip range and the policy leaves its reference.
+    """
+    gradients, metrics = {}, {}
+    for name in ("psr", "nsr", "reinforce"):
+        config, shape = config_of(model, dict(fields)), read_model_shape(str(model))
+        actor = new_actor(config, shape)
+        prepared = actor.prepare(recorded_step(shape.vocab_size, 3, 2, name), 1)
+        assert len(prepared.mini_batches) == 2
+        with torch.no_grad():
+            for parameter in (parameter for chunk in actor.chunks for parameter in chunk.parameters()):
+                parameter.mul_(1.02)
+        metrics |= actor.update(replace(prepared, mini_batches=prepared.mini_batches[:1]), 0.0)
+        gradients[name] = [gradient for part in copied(main_gradients(actor.optimizer)) for gradient in part]
+    triples = list(zip(*gradients.values(), strict=True))
+    sums = torch.tensor([[float((psr + nsr - both).square().sum()), float(both.square().sum())] for psr, nsr, both in triples]).sum(0)
+    error, norm = (sum(part) for part in zip(*distributed.all_gather_object(sums.tolist()), strict=True))
+    clipped = {name: metrics[f"policy/{name}"] for name in ("clip_fraction_psr", "clip_fraction_nsr", "kl_reference")}
+    return {"error": math.sqrt(error / norm), **clipped}
 
 
 def load(model: Path, fields: dict[str, Any], directory: Path, dtype: str) -> tuple[Config, Actor]:
@@ -213,6 +243,8 @@ def main() -> None:
     for case, layout in MOVES[world]:
         weights = out / case / f"at_{layout}.pt"
         found[f"{case}-{layout}"] = resume(models / case.split("/")[1], LAYOUTS[layout], out / case / "checkpoints", weights)
+    layout, model = SIGNS[world].split("/")
+    found[f"signs/{SIGNS[world]}"] = compare_signs(models / model, LAYOUTS[layout] | {"gradient_clip": 1e9})
     for case, detour in DETOURS if world == 4 else ():
         layout, model = case.split("/")
         found[f"bf16/{case}"] = take_detour(models / model, layout, detour, out / "bf16" / case)

@@ -77,6 +77,7 @@ def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Cal
     both_signs = (
         "objective.name=w_reinforce",
         "objective.rollout_correction=2.0",
+        "objective.kl_coefficient=0.1",
         "logging.probe_every=1",
         "logging.sign_norms_every=1",
         "run.steps=1",

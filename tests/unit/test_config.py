@@ -42,7 +42,7 @@ def field(config: Config, name: str) -> Any:
 @pytest.mark.parametrize(
     ("override", "name", "value"),
     [
-        ("objective.lambda=1", "objective.lambda_", 1.0),
+        ("objective.kl_coefficient=1", "objective.kl_coefficient", 1.0),
         ("optimizer.learning_rate=1e-4", "optimizer.learning_rate", 1e-4),
         ("optimizer.weight_decay=0", "optimizer.weight_decay", 0.0),
         ("data.train=data/train.jsonl", "data.train", "data/train.jsonl"),
@@ -157,7 +157,9 @@ def test_the_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -
     config = load_config(
         file,
         [
+            "objective.name=w_reinforce",
             "objective.lambda=0.25",
+            "objective.preset=paper_code",
             "optimizer.learning_rate=1e-7",
             "optimizer.eps=1e-15",
             "evaluation.benchmarks.math=data/math.jsonl",

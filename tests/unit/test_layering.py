@@ -15,7 +15,7 @@ FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
 # Lowest first. A package or module of the root may import whatever stands in a lower line.
 LAYERS = [
-    {"types", "config", "clock", "platform"},
+    {"types", "presets", "objective_fields", "config", "clock", "platform"},
     {"models", "weights", "losses", "objectives", "rewards", "data", "observability"},
     {"training", "rollout"},
     {"evaluation", "launch", "planning", "conversion"},
@@ -28,7 +28,8 @@ LAYERS = [
 ]
 # Within its own layer a part may import only these.
 WITHIN: dict[str, set[str]] = {
-    "config": {"types"},
+    "config": {"types", "presets", "objective_fields"},
+    "objective_fields": {"presets"},
     "platform": {"types"},
     "weights": {"models"},
     "data": {"rewards"},  # a gold answer is read from a boxed solution as a response's answer is

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from examples.own_objective import EPS_LOW, SequenceRatio
 from megatron_nsr.objectives.objective import OwnLoss
-from megatron_nsr.training.packing import pack, with_old_logprobs
+from megatron_nsr.training.packing import pack
 from megatron_nsr.types import Trajectory, WeightedSample
 
 LENGTHS = (3, 5)
@@ -31,7 +33,7 @@ def test_it_keeps_wrong_responses_with_a_verdict() -> None:
 def test_every_token_of_a_response_has_the_response_s_ratio() -> None:
     batch = packed()
     shift = torch.where(batch.response_mask, torch.linspace(-1e-4, 2e-4, len(batch.targets)), torch.tensor(9.0))  # 9: prompts do not count
-    batch = with_old_logprobs(batch, torch.zeros_like(shift))
+    batch = replace(batch, old_logprobs=torch.zeros_like(shift))
     losses = SequenceRatio().token_loss(shift, torch.zeros_like(shift), batch)
     for start, stop in batch.cu_seqlens.unfold(0, 2, 1).tolist()[: len(LENGTHS)]:
         mask = batch.response_mask[start:stop]
@@ -42,7 +44,7 @@ def test_every_token_of_a_response_has_the_response_s_ratio() -> None:
 def test_a_response_that_became_unlikely_enough_is_let_go() -> None:
     batch = packed()
     logprobs = torch.zeros(len(batch.targets), requires_grad=True)
-    batch = with_old_logprobs(batch, torch.full_like(logprobs, 2 * EPS_LOW).detach())
+    batch = replace(batch, old_logprobs=torch.full_like(logprobs, 2 * EPS_LOW).detach())
     SequenceRatio().token_loss(logprobs, torch.zeros(len(logprobs)), batch).sum().backward()
     assert logprobs.grad is not None and not logprobs.grad.any()
 

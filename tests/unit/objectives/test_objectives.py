@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,11 @@ TIMEOUT = Verdict(Outcome.NONE, Reason.TIMEOUT)
 VERDICTS = {"+": CORRECT, "-": WRONG, "0": TIMEOUT}
 
 
-def objective(name: str, lambda_: float = 0.1, entropy_coefficient: float = 1e-4):
-    return build_objective(name, lambda_=lambda_, entropy_coefficient=entropy_coefficient)
+def objective(name: str, lambda_: float = 0.1, regularized: bool = True):
+    return build_objective(name, lambda_=lambda_, regularized=regularized)
 
 
-def weigh(name: str, *groups: str, **settings: float):
+def weigh(name: str, *groups: str, **settings: Any):
     rewards = torch.tensor([[VERDICTS[mark].reward or 0.0 for mark in group] for group in groups])
     judged = torch.tensor([[mark != "0" for mark in group] for group in groups])
     return objective(name, **settings).weigh(rewards, judged)
@@ -80,7 +82,7 @@ def test_grpo_normalises_within_the_judged_samples_of_a_group(group: str) -> Non
 
 
 def test_grpo_without_entropy_drops_groups_without_spread() -> None:
-    signed = weigh("grpo", "++++", "+-++", entropy_coefficient=0.0)
+    signed = weigh("grpo", "++++", "+-++", regularized=False)
     assert signed.kept.tolist() == [[False] * 4, [True] * 4]
 
 
@@ -120,7 +122,9 @@ def test_samples_without_a_verdict_are_neither_kept_nor_dropped() -> None:
 
 
 def test_an_unknown_objective_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"objective\.name='ppq'.*psr, nsr, w_reinforce, reinforce, grpo, supervised"):
+    with pytest.raises(
+        UserError, match=r"objective\.name='ppq'.*psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, supervised"
+    ):
         objective("ppq")
     assert all(objective(name) for name in NAMES)
 
@@ -134,7 +138,7 @@ class KeepsUnjudged:
 
 def test_a_users_objective_may_not_keep_what_has_no_verdict() -> None:
     path = f"{__name__}:KeepsUnjudged"
-    own = build_objective(path, lambda_=0.0, entropy_coefficient=0.0)
+    own = build_objective(path)
     with pytest.raises(ValueError, match="kept a sample that has no verdict"):
         build_step_batch([], [TIMEOUT], own, samples_per_prompt=1, mini_batch_prompts=1, aggregation="token_mean", normalization="batch")
 

@@ -16,6 +16,7 @@ from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss, SampleWeights
+from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.setup import build_actor
@@ -163,3 +164,20 @@ def test_one_sign_has_a_norm_and_no_cosine(model: Path) -> None:
     metrics = steps(actor_of(model, logging={"probe_every": 1, "sign_norms_every": 1}), [s for s in SAMPLES if s.weight < 0])
     assert metrics["policy/grad_norm_nsr"] > 0 and metrics["policy/grad_norm_head_nsr"] > 0
     assert not {"policy/grad_norm_psr", "policy/grad_cosine", "policy/grad_norm_head_psr", "policy/entropy_psr"} & metrics.keys()
+
+
+def test_topr_is_reinforce_where_responses_became_likelier_and_lets_wrong_ones_go_where_they_did_not(model: Path) -> None:
+    own = build_objective("topr")
+    assert isinstance(own, OwnLoss)
+
+    def engine_said(logprob: float, samples: list[WeightedSample]) -> list[WeightedSample]:
+        said = [np.full_like(one.trajectory.rollout_logprobs, logprob) for one in samples]
+        return [replace(one, trajectory=replace(one.trajectory, rollout_logprobs=row)) for one, row in zip(samples, said, strict=True)]
+
+    plain = steps(actor_of(model, form="reinforce"), SAMPLES)
+    likelier = steps(actor_of(model, own), engine_said(-30.0, SAMPLES))
+    for name in ("policy/loss", "policy/loss_psr", "policy/loss_nsr", "policy/grad_norm"):
+        assert likelier[name] == pytest.approx(plain[name], rel=1e-5), name
+    less_likely = steps(actor_of(model, own), engine_said(0.0, SAMPLES))
+    assert less_likely["policy/loss_psr"] == pytest.approx(plain["policy/loss_psr"], rel=1e-5)
+    assert abs(less_likely["policy/loss_nsr"]) < 1e-2 * abs(plain["policy/loss_nsr"])

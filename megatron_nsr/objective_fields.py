@@ -1,0 +1,51 @@
+"""Which fields of a configuration's `objective` section an objective reads, and what they must be together. May import: presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from megatron_nsr.presets import PRESET_OBJECTIVES
+
+# Objectives, and the fields that they alone read.
+_ONLY_FOR = {
+    ("w_reinforce",): ("lambda", "lambda_schedule", "lambda_final", "lambda_start_step", "lambda_end_step"),
+    ("topr",): ("positive_ratio", "negative_ratio"),
+}
+
+
+def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError where a field is set that the objective does not read, and where fields contradict one another."""
+    name = given["name"]
+
+    def refuse(fields: Iterable[str], reason: str) -> None:
+        """Fields that differ from their default; one that is spelled out as it is anyway does no harm."""
+        for field in fields:
+            if given[field] != defaults[field]:
+                raise ValueError(f"objective.{field}={given[field]}: {reason}")
+
+    for names, fields in _ONLY_FOR.items():
+        if name not in names:
+            refuse(fields, f"only name={' or '.join(names)} reads it, and name is {name}")
+    if given["form"] != "clipped":
+        refuse(("eps_low", "eps_high", "dual_clip"), f"it bounds the ratio of form=clipped, and form is {given['form']}")
+    if name == "supervised":
+        refuse(("rollout_correction", "sampling_rounds", "kl_coefficient", "nsr_steps"), "it needs rollouts, and name=supervised has none")
+    if name in ("nsr", "topr"):
+        refuse(("nsr_steps",), f"it leads from NSR to an objective with one of the built-in losses, and name is {name}")
+    if given["preset"] and name not in PRESET_OBJECTIVES:
+        raise ValueError(f"objective.preset={given['preset']}: it is for {', '.join(PRESET_OBJECTIVES)}, and name is {name}")
+    _check_schedule(given, refuse)
+    for field in ("positive_ratio", "negative_ratio"):
+        if given[field][0] > given[field][1]:
+            raise ValueError(f"objective.{field}={given[field]}: the lower end comes first")
+
+
+def _check_schedule(given: Mapping[str, Any], refuse: Callable[[Iterable[str], str], None]) -> None:
+    if given["lambda_schedule"] == "constant":
+        refuse(("lambda_final", "lambda_start_step", "lambda_end_step"), "it needs lambda_schedule linear or cosine, not constant")
+    elif given["lambda_end_step"] < max(1, given["lambda_start_step"]):
+        raise ValueError(
+            f"objective.lambda_end_step={given['lambda_end_step']}: it must be 1 or more, and no less than "
+            f"lambda_start_step={given['lambda_start_step']}"
+        )
