@@ -1,4 +1,4 @@
-"""Reads what a report needs from run directories, and the Pass@k bands and differences computed from it.
+"""Reads what a report needs from run directories, whatever state they are in, and computes Pass@k bands and differences from it.
 
 May import: observability, types and numpy.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -26,23 +26,62 @@ from megatron_nsr.observability.samples import SampleRow, read_samples
 from megatron_nsr.observability.state import RunState, read_state
 from megatron_nsr.types import UserError
 
+T = TypeVar("T")
+PASS_KEYS = ("pass_at_k", "ci_low", "ci_high")
+VOTE_KEYS = ("cons_at_k", "cons_ci_low", "cons_ci_high")
+SUPERVISED = "supervised"  # the objective that samples nothing while it trains
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares by k, and their 95 % intervals (low, high) as far as they are known."""
+
+    values: Mapping[int, float]
+    intervals: Mapping[int, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The problems of one level or subject."""
+
+    problems: int
+    curve: Curve
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Pass@k of one benchmark. ids, correct, total: one entry a problem."""
+    """One benchmark's entry in eval/step_N.json, see evaluation/results.py. ids, correct, total: one entry a problem.
 
-    pass_at_k: Mapping[int, float]
+    n: samples a problem, 0 where unknown; vote: cons@k, without values where there is none; groups: by column (level, subject) and
+    its value.
+    """
+
+    n: int
     ids: tuple[str, ...]
     correct: tuple[int, ...]
     total: tuple[int, ...]
+    curve: Curve
+    vote: Curve
+    greedy: float | None
+    no_verdict: int
+    groups: Mapping[str, Mapping[str, Group]]
+
+    @property
+    def pass_at_k(self) -> Mapping[int, float]:
+        return self.curve.values
+
+    @cached_property
+    def intervals(self) -> Mapping[int, tuple[float, float]]:
+        """95 % intervals of `pass_at_k`: the file's own, or else from the counts; empty where it holds neither."""
+        if self.curve.intervals or not self.ids:
+            return self.curve.intervals
+        low, high = interval(self.per_problem)
+        return dict(zip(self.pass_at_k, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     @cached_property
     def per_problem(self) -> np.ndarray:
         """float64 [problems, ks] in the order of `pass_at_k`; NaN where a problem has fewer samples than k."""
-        rows = [
-            [pass_at_k(correct, total, k) if k <= total else math.nan for k in self.pass_at_k]
-            for correct, total in zip(self.correct, self.total, strict=True)
-        ]
+        rows = [[pass_at_k(c, n, k) if k <= n else math.nan for k in self.pass_at_k] for c, n in zip(self.correct, self.total, strict=True)]
         return np.array(rows).reshape(len(self.ids), len(self.pass_at_k))
 
 
@@ -57,7 +96,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything of a run that a report shows. config: dotted keys; samples: the last kept step's."""
+    """Everything of a run that a report shows. config: dotted keys; samples: the last kept step's; damaged: messages of files left out."""
 
     name: str
     run: RunDirectory
@@ -67,6 +106,7 @@ class RunData:
     samples: Sequence[SampleRow]
     environment: Mapping[str, Any] | None
     state: RunState | None
+    damaged: Sequence[str]
 
     @property
     def objective(self) -> str:
@@ -87,6 +127,11 @@ class RunData:
         found = [evaluation.heldout_entropy for evaluation in self.evaluations if evaluation.heldout_entropy is not None]
         return found[-1] if found else None
 
+    @property
+    def missing(self) -> list[str]:
+        """A line for everything that a complete run has and this one has not."""
+        return [*self.damaged, *_lacks(self)]
+
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""
         points = [(record["step"], record[name]) for record in self.metrics if record.get(name) is not None]
@@ -94,9 +139,9 @@ class RunData:
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Reads run directories in the given order.
+    """Reads run directories in the given order. A file that is absent or damaged is left out; `RunData.missing` says so.
 
-    Raises UserError naming the argument that is missing or no run, or the file that cannot be read.
+    Raises UserError naming the argument that is missing or no run, or whose config cannot be read.
     """
     if not paths:
         raise UserError("report: no run given; name at least one run directory")
@@ -124,11 +169,6 @@ def benchmark_names(runs: Sequence[RunData]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for evaluation in run.evaluations for name in evaluation.benchmarks))
 
 
-def bootstrap_band(result: BenchmarkResult) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the mean Pass@k over problems drawn with replacement: low, high, float64 [ks]."""
-    return interval(result.per_problem)
-
-
 def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[int, tuple[float, float]]:
     """95 % interval of `result - base` for each common k, paired over problems; empty where the problems differ."""
     if result.ids != base.ids or not result.ids:
@@ -142,17 +182,52 @@ def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[
 
 def _load_run(path: Path, name: str) -> RunData:
     run = RunDirectory(path)
-    sample_steps = run.sample_steps()
+    damaged: list[str] = []
+
+    def attempt(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            damaged.append(str(error).replace(f"{path}/", ""))
+            return None
+
+    evaluations = [attempt(partial(_read_evaluation, run.evaluation(step))) for step in run.evaluation_steps()]
+    samples = (attempt(partial(read_samples, run.samples(step))) for step in reversed(run.sample_steps()))
     return RunData(
         name=name,
         run=run,
         config=_read_config(run.config),
-        metrics=read_metrics(run.metrics),
-        evaluations=[_read_evaluation(run.evaluation(step)) for step in run.evaluation_steps()],
-        samples=read_samples(run.samples(sample_steps[-1])) if sample_steps else [],
-        environment=_read_object(run.environment) if run.environment.is_file() else None,
-        state=read_state(run),
+        metrics=attempt(partial(read_metrics, run.metrics)) or [],
+        evaluations=[evaluation for evaluation in evaluations if evaluation is not None],
+        samples=next((rows for rows in samples if rows), []),
+        environment=attempt(partial(_read_object, run.environment)) if run.environment.is_file() else None,
+        state=attempt(partial(read_state, run)),
+        damaged=damaged,
     )
+
+
+def _lacks(run: RunData) -> list[str]:
+    lines = []
+    if run.state is not None and run.state.status != "done":
+        reason = f": {run.state.reason}" if run.state.reason else ""
+        lines.append(f"{run.state.status} at step {run.state.step} of {run.config.get('run.steps', 'an unknown number')}{reason}")
+    if not run.metrics:
+        lines.append("no training step (metrics.jsonl)")
+    if not run.evaluations:
+        lines.append("no evaluation (eval/step_N.json)")
+    elif run.steps > run.evaluations[-1].step > 0:
+        lines.append(f"last evaluated at step {run.evaluations[-1].step} of the {run.steps} done")
+    lines += [f"no counts per problem for {name}, hence no interval" for name in benchmark_names([run]) if not _has_intervals(run, name)]
+    if run.metrics and not run.samples and run.objective != SUPERVISED:
+        lines.append("no responses to read (samples/step_N.parquet)")
+    if run.environment is None:
+        lines.append("no versions (environment.json)")
+    return lines
+
+
+def _has_intervals(run: RunData, benchmark: str) -> bool:
+    result = run.final(benchmark)
+    return result is not None and bool(result.intervals)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -177,12 +252,28 @@ def _read_evaluation(path: Path) -> EvaluationResult:
 
 def _parse_benchmark(content: Mapping[str, Any]) -> BenchmarkResult:
     problems = content.get("problems", [])
+    correct, total = ([int(problem[key]) for problem in problems] for key in ("correct", "n"))
+    if "pass_at_k" not in content:
+        raise KeyError("pass_at_k")
     return BenchmarkResult(
-        pass_at_k={int(k): value for k, value in sorted(content["pass_at_k"].items(), key=lambda item: int(item[0]))},
+        n=int(content.get("n") or 0),
         ids=tuple(str(problem["id"]) for problem in problems),
-        correct=tuple(int(problem["correct"]) for problem in problems),
-        total=tuple(int(problem["n"]) for problem in problems),
+        correct=tuple(correct),
+        total=tuple(total),
+        curve=_parse_curve(content, *PASS_KEYS),
+        vote=_parse_curve(content, *VOTE_KEYS),
+        greedy=content.get("greedy_accuracy"),
+        no_verdict=int(content.get("no_verdict") or 0),
+        groups={
+            column: {value: Group(int(scores["problems"]), _parse_curve(scores, *PASS_KEYS)) for value, scores in groups.items()}
+            for column, groups in content.get("groups", {}).items()
+        },
     )
+
+
+def _parse_curve(content: Mapping[str, Any], value: str, low: str, high: str) -> Curve:
+    values, lows, highs = ({int(k): float(share) for k, share in content.get(key, {}).items()} for key in (value, low, high))
+    return Curve({k: values[k] for k in sorted(values)}, {k: (lows[k], highs[k]) for k in values if k in lows and k in highs})
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,7 @@ from rich.console import Console
 
 from megatron_nsr.config import parse_config
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
-from megatron_nsr.evaluation.report_data import bootstrap_band, difference_interval, load_runs, run_names
-from megatron_nsr.evaluation.report_figures import training_figures
+from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
 from megatron_nsr.observability.loggers import JsonlLogger
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.run_directory import RunDirectory, open_run, write_json
@@ -60,7 +63,7 @@ def step_values(objective: str, step: int, skill: int) -> dict[str, float]:
     if objective == "supervised":
         return {"supervised/loss": 3 / step, "policy/entropy": 9.0, "time/update_s": 0.4, "time/step_s": 0.4}
     ramp = 1 - math.exp(-step / 10)
-    names = [name for name in METRICS if name.startswith(("reward/", "policy/", "rollout/", "time/"))]
+    names = [name for name in METRICS if name.startswith(("reward/", "policy/", "rollout/", "time/", "perf/"))]
     return {name: (0.1 + 0.1 * skill * ramp) * (1e-5 if "gap" in name else 1) * (40 if "tokens" in name else 1) for name in names}
 
 
@@ -116,9 +119,9 @@ class Page(HTMLParser):
 
 def test_the_page_loads_nothing_from_elsewhere(page: str) -> None:
     tags = Page(page).tags
-    assert not [tag for tag, _ in tags if tag in {"script", "link", "img", "iframe", "object", "embed", "base"}]
+    assert not [tag for tag, _ in tags if tag in {"script", "img", "iframe", "object", "embed", "base"}]
     links = [value or "" for _, attributes in tags for name, value in attributes.items() if name in {"href", "src", "xlink:href", "action"}]
-    assert links and all(link.startswith("#") for link in links)
+    assert len(links) > 1 and all(link.startswith("#") or link == "data:," for link in links)
     assert not re.search(r"@import|url\((?!['\"]?#)", page)
 
 
@@ -154,13 +157,17 @@ def test_every_subject_has_its_figure_or_table(page: str) -> None:
         "Correct responses",
         "Fully solved prompts",
         "Policy entropy",
-        "Loss by sign",
-        "Clip fraction by sign",
+        "Never solved prompts",
+        "Loss",
+        "Clip fraction",
+        "Gradient norm at the head",
+        "Speed",
+        "Every other metric",
         "Log-prob gap",
         "Response length",
         "Time of a step",
         "Where the configs differ",
-        "Environment",
+        "Versions and hardware",
     ):
         assert title in text
     assert "objective.name" in text and "run.dir" not in text
@@ -186,7 +193,9 @@ def test_a_run_that_lacks_things_still_renders(tmp_path: Path, steps: int, evalu
     run = make_run(tmp_path, "short", "nsr", steps=steps, evaluated=evaluated, sampled=sampled)
     write_report([run], tmp_path / "report.html")
     text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
-    assert ("Policy entropy" in text, "Pass@k on" in text, "Samples" in text) == (steps > 0, bool(evaluated), sampled)
+    assert ("Policy entropy" in text, "Pass@k on" in text, "Responses to read" in text) == (steps > 0, bool(evaluated), sampled)
+    assert ("no training step (metrics.jsonl)" in text, "no evaluation (eval/step_N.json)" in text) == (not steps, not evaluated)
+    assert ("no responses to read (samples/step_N.parquet)" in text) == (steps > 0 and not sampled)
 
 
 def test_a_bare_config_and_a_benchmark_without_counts_still_render(tmp_path: Path, runs: list[Path]) -> None:
@@ -210,21 +219,78 @@ def test_runs_evaluated_once_compare_entropy_in_bars(tmp_path: Path) -> None:
 
 def test_a_run_evaluated_once_is_a_level_beside_the_others(page: str) -> None:
     text = Page(page).text
-    assert "base, k = 16" in text and "A run evaluated once is drawn as a level." in text
+    assert "Solid: k = 1; dashed: k = 16. A run evaluated once is drawn as a level." in text
+    assert "40 problems, n = 16 samples each" in text
     assert "mathdefault" not in text  # numbers on a log axis are plain text
 
 
-def test_the_bootstrap_band_holds_the_curve_and_is_seeded(runs: list[Path]) -> None:
+def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path], tmp_path: Path) -> None:
     result = load_runs(runs)[1].final("puzzle")
     assert result is not None
-    low, high = bootstrap_band(result)
     assert list(result.pass_at_k) == sorted(KS)
-    assert all(a < value < b for a, value, b in zip(low, result.pass_at_k.values(), high, strict=True))
+    assert all(result.intervals[k][0] < value < result.intervals[k][1] for k, value in result.pass_at_k.items())
     assert result.per_problem.mean(axis=0) == pytest.approx(list(result.pass_at_k.values()), abs=1e-12)
-    # The standard error of a mean over 40 problems, within what 1,000 resamples can tell.
-    standard_error = result.per_problem[:, 0].std() / math.sqrt(40)
-    assert high[0] - low[0] == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
-    assert (bootstrap_band(result)[0] == low).all()
+
+    written = evaluation(3, 4)
+    written["benchmarks"]["puzzle"] |= {"ci_low": {"1": 0.125}, "ci_high": {"1": 0.875}}
+    run = make_run(tmp_path, "stored", "nsr", steps=1)
+    write_json(RunDirectory(run).evaluation(3), written)
+    stored = load_runs([run])[0].final("puzzle")
+    assert stored is not None and stored.intervals == {1: (0.125, 0.875)}
+    write_report([run], tmp_path / "report.html")
+    assert "12.5 to 87.5" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+
+
+def test_votes_greedy_accuracy_levels_and_lost_verdicts_are_shown_where_an_evaluation_has_them(runs: list[Path], tmp_path: Path) -> None:
+    written = evaluation(3, 4)
+    level = {"problems": 7, "pass_at_k": {"1": 0.1234, "16": 0.9876}}
+    written["benchmarks"]["puzzle"] |= {
+        "cons_at_k": {"1": 0.4, "16": 0.6543},
+        "cons_ci_low": {"1": 0.3, "16": 0.5},
+        "cons_ci_high": {"1": 0.5, "16": 0.8},
+        "greedy_accuracy": 0.4321,
+        "no_verdict": 13,
+        "groups": {"level": {"Level 1": level}},
+    }
+    run = make_run(tmp_path, "voted", "nsr", steps=1)
+    write_json(RunDirectory(run).evaluation(3), written)
+    write_report([run, runs[1]], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = Page(page).text
+    assert descriptions(page)["cons@k on puzzle"].endswith("voted ends at 65.4")
+    assert "43.2 %" in text and "13 samples have no verdict and count as not correct." in text
+    assert "puzzle by level: Pass@1 in percent, below it Pass@16" in text
+    assert re.search(r"Level 1\s*7\s*12.3\s*98.8\s*–", text)
+
+
+def report(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "megatron_nsr", "report", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_command_names_what_is_missing_and_refuses_what_is_no_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "fresh", "nsr", steps=0)
+    done = report(run, "--out", tmp_path / "report.html")
+    assert done.returncode == 0 and "missing: fresh: no evaluation (eval/step_N.json)" in done.stderr
+    refused = report(run, tmp_path, "--out", tmp_path / "none.html")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "holds no config.yaml" in refused.stderr
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_an_installed_package_has_the_files_of_the_page() -> None:
+    package = Path(__file__).parents[3]
+    declared = tomllib.loads((package / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    named = {f"{name.replace('.', '/')}/{file}" for name, files in declared.items() for file in files}
+    files = {path for path in (package / "megatron_nsr").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert {str(path.relative_to(package)) for path in files} == named
+
+
+def test_a_long_response_is_cut_in_its_middle(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "long", "nsr", steps=1)
+    response = "begins" + "x" * 100_000 + "ends"
+    write_samples(RunDirectory(run).samples(1), [replace(sample(1, "wrong", 0), response=response)])
+    write_report([run], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "begins" in text and "ends" in text and "[... 94010 characters left out ...]" in text and len(text) < 60_000
 
 
 def test_a_difference_is_paired_over_the_same_problems(runs: list[Path]) -> None:
@@ -259,20 +325,51 @@ def test_wrong_arguments_are_named(runs: list[Path], tmp_path: Path) -> None:
         write_report([runs[0], tmp_path / "absent"], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"not a run directory, it holds no config\.yaml"):
         write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="is a directory; name a file"):
+        write_report([runs[0]], tmp_path)
     with pytest.raises(UserError, match="no run given"):
         write_report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"step": 1}', '{"step": 1, "benchmarks": {"puzzle": {"n": 4}}}'])
-def test_a_broken_evaluation_is_named(tmp_path: Path, content: str) -> None:
-    run = make_run(tmp_path, "broken", "nsr", steps=1, evaluated=[1])
-    RunDirectory(run).evaluation(1).write_text(content)
-    with pytest.raises(UserError, match=r"eval.step_1\.json: not"):
-        write_report([run], tmp_path / "report.html")
+DAMAGE = {
+    "metrics.jsonl": "x\n{}\n",
+    "eval/step_1.json": "{",
+    "eval/step_2.json": "[]",
+    "eval/step_3.json": '{"step": 1}',
+    "eval/step_4.json": '{"step": 1, "benchmarks": {"puzzle": {"n": 4}}}',
+    "samples/step_2.parquet": "PAR",
+    "environment.json": "{",
+    "state.json": '{"status": "tired"}',
+}
 
 
-def test_supervised_steps_stay_off_the_axes_of_reinforcement_learning(runs: list[Path]) -> None:
-    shown = {figure.title: [entry.label for entry in figure.legend] for figure in training_figures(load_runs(runs))}
-    assert shown["Supervised loss"] == ["base"]
-    assert "base" not in shown["Policy entropy"] and len(shown["Policy entropy"]) == len(runs) - 1
+def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "damaged", "nsr", steps=1, evaluated=[5], sampled=True)
+    for name, content in DAMAGE.items():
+        (run / name).write_text(content)
+    missing = write_report([run], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    for name in DAMAGE:
+        (line,) = [line for line in missing if name in line and ": not" in line]
+        assert line.startswith("damaged: ") and line.removeprefix("damaged: ") in text
+    assert "Pass@k on puzzle" in text and "correct of step 1:" in text
+
+
+def test_a_run_that_did_not_end_says_where_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "short", "nsr", steps=3, evaluated=[2], sampled=True)
+    write_state(RunDirectory(run), "stopped", 3, "SIGTERM")
+    missing = write_report([run], tmp_path / "report.html")
+    assert missing == ["short: stopped at step 3 of 3: SIGTERM", "short: last evaluated at step 2 of the 3 done"]
+
+
+def test_supervised_steps_stay_off_the_axes_of_reinforcement_learning(page: str) -> None:
+    shown = descriptions(page)
+    assert "base ends at" in shown["Supervised loss"] and "psr ends at" not in shown["Supervised loss"]
+    assert "psr ends at" in shown["Policy entropy"] and "base ends at" not in shown["Policy entropy"]
+
+
+def descriptions(page: str) -> dict[str, str]:
+    """What each picture says of itself, by its title."""
+    labels = [attributes["aria-label"] or "" for tag, attributes in Page(page).tags if tag == "svg"]
+    return {title: text for title, _, text in (label.partition(": ") for label in labels)}
