@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from examples.reproduction.search import chosen_rates
 from megatron_nsr.config import load_config
 from megatron_nsr.evaluation.pass_at_k import pass_at_k
 from megatron_nsr.observability.run_directory import RunDirectory
+from megatron_nsr.observability.state import write_state
 from megatron_nsr.types import UserError
 
 PROBLEMS, SAMPLES, STEPS, LONG = 100, 512, 10, 20
@@ -327,3 +328,31 @@ def test_a_directory_in_which_another_command_works_is_wrong_input(tmp_path: Pat
         assert main(["tiny", "--out", str(tmp_path)]) == 2
     assert "another command is at work in it" in capsys.readouterr().err
     assert BASE not in {path.name for path in tmp_path.iterdir()}
+
+
+def fabricate(run: RunDirectory, split: str, steps: Sequence[int], chance: float) -> None:
+    """What a finished run leaves behind, as far as the comparison reads it."""
+    for step in steps:
+        made = evaluation(step, (0.9, chance, 0.2), step)
+        problems = [{"id": str(index), "correct": count, "n": made.n} for index, count in enumerate(made.correct)]
+        scores = {split: {"n": made.n, "problems": problems}}
+        write_evaluation(run, step, {"step": step, "benchmarks": scores, "heldout_entropy": made.entropy})
+    write_state(run, "done", steps[-1])
+
+
+def test_what_is_done_is_only_read_and_the_search_decides_the_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scale, best = SCALES["tiny"], SCALES["tiny"].search_rates[-1]
+    for base in base_runs(scale, tmp_path):
+        fabricate(base.job.run, "test", [scale.task.base_steps], 0.3)
+    for run in search_runs(scale, tmp_path):
+        fabricate(run.job.run, "validation", [scale.steps], 0.6 if run.learning_rate == best else 0.4)
+    for run in comparison_runs(scale, tmp_path, dict.fromkeys(scale.methods, best)):
+        fabricate(run.job.run, "test", range(scale.every, run.steps + 1, scale.every), 0.5)
+
+    assert main(["tiny", "--out", str(tmp_path)]) == 0
+    assert "runs to do" not in capsys.readouterr().out and not (tmp_path / "logs").exists() and not (tmp_path / "data").exists()
+    read = read_results(tmp_path / "results.json")
+    assert {run.learning_rate for run in read.runs} == {best} and len(read.search) == 2 * len(METHODS) * 2
+    assert len(read.runs) == 2 * 2 * len(METHODS) and all(result.evaluation.step == 0 for result in read.bases)
+    assert "| NSR |" in (tmp_path / "reproduction.md").read_text()
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduction_pass_at_k.png", "reproduction_long.png"}
