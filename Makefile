@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test test-vllm-0.26 lint format quickstart quickstart-base bench-deps clean
+.PHONY: help install browser test test-vllm-0.26 lint format quickstart quickstart-base reproduce reproduce-full bench-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -108,6 +108,12 @@ quickstart: $(INSTALLED) ## pre-train a tiny model, train it with PSR, NSR and W
 
 quickstart-base: $(INSTALLED) ## only pre-train the quickstart's base model
 	$(BIN)/python -m examples.quickstart --only base
+
+reproduce: $(INSTALLED) ## the paper's comparison on one tiny base model, into docs/reproduction.md: two cores, an hour
+	$(BIN)/python -m examples.reproduction one
+
+reproduce-full: $(INSTALLED) ## the same on three bases with five seeds and a search: hours; the same command continues after a kill
+	$(BIN)/python -m examples.reproduction full
 
 bench-deps: $(PEERS)/.installed-$(TAG) ## the other fused heads that tools/benchmarks/fused_head.py compares with
 

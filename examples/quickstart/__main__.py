@@ -10,12 +10,22 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from examples.quickstart.jobs import BASE, OBJECTIVES, Job, JobFailed, Stopped, StopSignals, base_job, last_lines, objective_job, run_jobs
+from examples.quickstart.jobs import (
+    BASE,
+    OBJECTIVES,
+    Job,
+    Stopped,
+    StopSignals,
+    base_job,
+    child_status,
+    exit_status,
+    objective_job,
+    run_jobs,
+)
 from examples.quickstart.prepare import prepare
 from examples.quickstart.progress import LiveProgress
 from megatron_nsr.types import UserError
@@ -29,18 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False)
     wanted = (BASE, *OBJECTIVES, REPORT) if options.only is None else (options.only,)
-    try:
-        with StopSignals() as signals:
-            return _quickstart(options.out, wanted, signals, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Stopped:
-        console.print("Stopped. The same command continues from the newest checkpoints.")
-        return 3
-    except JobFailed as failure:
-        explain(failure)
-        return _exit_status(failure.status)
+    return exit_status(lambda signals: _quickstart(options.out, wanted, signals, console))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,25 +84,12 @@ def _report(out: Path, jobs: Sequence[Job], signals: StopSignals, console: Conso
         raise Stopped
     if status:
         print(f"error: the report ended with status {status}: {shlex.join(command)}", file=sys.stderr)
-        return _exit_status(status)
+        return child_status(status)
     from megatron_nsr.evaluation.report import render_pass_at_k_table  # its plots take a second to import
 
     console.print(render_pass_at_k_table(runs))
     console.print(f"Report: {page}", soft_wrap=True)
     return 0
-
-
-def explain(failure: JobFailed) -> None:
-    """Shows the end of the failed job's log, and how to start it by hand."""
-    show = partial(print, file=sys.stderr)
-    show(*last_lines(failure.job.log), sep="\n")
-    show(f"error: {failure.job.name} ended with status {failure.status}; the lines above end its log, {failure.job.log}")
-    show(f"It was started as: {shlex.join(failure.job.command)}")
-
-
-def _exit_status(status: int) -> int:
-    """A child's status as ours; one that a signal killed has failed."""
-    return status if status > 0 else 1
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""The quickstart's training runs as child processes: which there are, what each is doing, and running some of them at a time.
+"""Training runs as child processes: the quickstart's, what each is doing, and running some of any at a time.
 
-May import: megatron_nsr.observability and the standard library.
+May import: megatron_nsr.observability, megatron_nsr.types, psutil and the standard library.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state
+from megatron_nsr.types import UserError
 
 BASE = "base"
 OBJECTIVES = ("psr", "nsr", "w_reinforce")
@@ -72,6 +79,47 @@ class StopSignals:
         self.count += 1
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Holds OUT/lock, so that no two commands start the same runs. Raises UserError where another one holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another command is at work in it; wait for its end, or choose another --out") from None
+        yield
+
+
+def exit_status(work: Callable[[StopSignals], int]) -> int:
+    """What `work` returns, or the exit status for how it ended otherwise, which is explained on standard error."""
+    try:
+        with StopSignals() as signals:
+            return work(signals)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("Stopped. The same command continues from the newest checkpoints.", file=sys.stderr)
+        return 3
+    except JobFailed as failure:
+        explain(failure)
+        return child_status(failure.status)
+
+
+def explain(failure: JobFailed) -> None:
+    """Shows the end of the failed job's log, and how to start it by hand."""
+    show = partial(print, file=sys.stderr)
+    show(*last_lines(failure.job.log), sep="\n")
+    show(f"error: {failure.job.name} ended with status {failure.status}; the lines above end its log, {failure.job.log}")
+    show(f"It was started as: {shlex.join(failure.job.command)}")
+
+
+def child_status(status: int) -> int:
+    """A child's status as ours; one that a signal killed has failed."""
+    return status if status > 0 else 1
+
+
 def base_job(out: Path) -> Job:
     """Supervised pre-training of the base model."""
     data, run = out / "data", out / BASE
@@ -122,10 +170,20 @@ def run_jobs(jobs: Sequence[Job], at_once: int, signals: StopSignals, on_poll: C
 
 def start(job: Job) -> subprocess.Popen[bytes]:
     """Starts a job on one core, in a session of its own: a Ctrl-C reaches it through us only, once."""
+    end_orphans(job)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def end_orphans(job: Job) -> None:
+    """Ends what a killed command left running of this job, which would write into the same directory, and waits until it has."""
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"] == list(job.command):
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+                process.wait()
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]], signals: StopSignals) -> None:

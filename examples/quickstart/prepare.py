@@ -51,9 +51,18 @@ MODEL: dict[str, Any] = {
 }
 
 
-def prepare(out: Path, ranges: Ranges = RANGES, author: Author = AUTHOR, corpus_size: int = CORPUS_SIZE) -> None:
-    """Writes everything under `out`; a file that is already there with the same bytes is left alone."""
-    splits = make_splits(ranges, TRAIN, VALIDATION, TEST, SPLIT_SEED)
+def prepare(
+    out: Path,
+    ranges: Ranges = RANGES,
+    author: Author = AUTHOR,
+    corpus_size: int = CORPUS_SIZE,
+    *,
+    train: int = TRAIN,
+    validation: int = VALIDATION,
+    test: int = TEST,
+) -> None:
+    """Writes everything under `out`; a file that is already there with the same bytes is left alone. train, validation, test: puzzles."""
+    splits = make_splits(ranges, train, validation, test, SPLIT_SEED)
     math_style = make_problems(ranges, MATH_STYLE, MATH_STYLE_SEED)
     held_out = frozenset[Question](splits.all | frozenset(math_style))
     corpus = list(make_corpus(random.Random(CORPUS_SEED), ranges, author, corpus_size, ARITHMETIC_SHARE, held_out))

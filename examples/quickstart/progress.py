@@ -23,9 +23,13 @@ SHOWN = (("reward/correct_ratio", "correct {:.2f}"), ("supervised/loss", "loss {
 
 
 class LiveProgress:
-    """A bar for each started job: step, what it has reached, elapsed time. A context manager."""
+    """A bar for each started job: step, what it has reached, elapsed time. A context manager.
 
-    def __init__(self, console: Console) -> None:
+    keep_finished: a finished job's bar stays; otherwise a line takes its place, which suits more jobs than a screen has lines.
+    """
+
+    def __init__(self, console: Console, *, keep_finished: bool = True) -> None:
+        self._keep_finished, self._finished = keep_finished, set[str]()
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
@@ -48,11 +52,18 @@ class LiveProgress:
         for job in jobs:
             if job.name not in self._tasks:
                 self._tasks[job.name] = self._progress.add_task(job.name, total=None, reached="starting")
-            latest = latest_metrics(job.run.metrics)
+            latest = latest_metrics(job.run.metrics) if job.name not in self._finished else None
             if latest:
-                self._progress.update(
-                    self._tasks[job.name], completed=latest["step"], total=total_steps(job.run), reached=describe_step(latest)
-                )
+                total = total_steps(job.run)
+                self._progress.update(self._tasks[job.name], completed=latest["step"], total=total, reached=describe_step(latest))
+                if latest["step"] == total:
+                    self._finish(job, latest)
+
+    def _finish(self, job: Job, latest: Mapping[str, Any]) -> None:
+        self._finished.add(job.name)
+        if not self._keep_finished:
+            self._progress.update(self._tasks[job.name], visible=False)
+            self._progress.console.print(f"{job.name}: {latest['step']} steps, {describe_step(latest)}", soft_wrap=True)
 
 
 def latest_metrics(path: Path) -> dict[str, Any] | None:

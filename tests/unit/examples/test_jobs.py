@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +16,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.quickstart.__main__ import explain, main
-from examples.quickstart.jobs import OBJECTIVES, Job, JobFailed, Stopped, StopSignals, base_job, last_lines, objective_job, run_jobs
+from examples.quickstart.__main__ import main
+from examples.quickstart.jobs import (
+    OBJECTIVES,
+    Job,
+    JobFailed,
+    Stopped,
+    StopSignals,
+    alone_in,
+    base_job,
+    end_orphans,
+    explain,
+    last_lines,
+    objective_job,
+    run_jobs,
+)
 from examples.quickstart.progress import LiveProgress, describe_step, latest_metrics, total_steps
 from megatron_nsr.config import load_config
 from megatron_nsr.observability.run_directory import RunDirectory
@@ -39,6 +53,7 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 # Runs one patient job as the quickstart does, and ends with the quickstart's status.
 DRIVER = """
 import sys
+import threading
 from pathlib import Path
 from examples.quickstart.jobs import Job, Stopped, StopSignals, run_jobs
 from megatron_nsr.observability.run_directory import RunDirectory
@@ -238,3 +253,34 @@ def test_it_starts_as_a_module_and_names_its_parts() -> None:
     result = subprocess.run([sys.executable, "-m", "examples.quickstart", "--only", "ppo"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "invalid choice: 'ppo'" in result.stderr and "w_reinforce" in result.stderr
+
+
+def test_what_a_killed_command_left_running_ends_before_its_job_starts_again(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    patient = job(tmp_path, "patient", PATIENT, str(said))
+    orphan = subprocess.Popen(patient.command, start_new_session=True)
+    try:
+        wait_for(lambda: said.exists() and said.read_text() == "started")
+        threading.Thread(target=orphan.wait, daemon=True).start()  # somebody must collect it: here it is our child, and no orphan's
+        end_orphans(patient)
+        assert said.read_text() == "stopped cleanly"
+    finally:
+        orphan.kill()
+
+
+def test_one_command_works_in_a_directory_at_a_time(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(UserError, match="another command is at work"), alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_finished_bar_gives_way_to_a_line_where_there_are_many(tmp_path: Path) -> None:
+    nsr = objective_job("nsr", tmp_path)
+    write_metrics(nsr.run.metrics, {"step": 100, "reward/correct_ratio": 0.5})
+    nsr.run.config.write_text((ROOT / "configs" / "quickstart.yaml").read_text())
+    screen = io.StringIO()
+    with LiveProgress(Console(file=screen, width=100), keep_finished=False) as progress:
+        progress.update([nsr])
+        progress.update([nsr])
+    assert screen.getvalue().count("nsr: 100 steps, correct 0.50") == 1 and "100/100" not in screen.getvalue()

@@ -1,0 +1,199 @@
+"""docs/reproduction.md: every sentence about an outcome is computed from the results file. May import: the comparison and its parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from examples.reproduction import search
+from examples.reproduction.comparison import BASE, Comparison, Field
+from examples.reproduction.figures import LONG_KS
+from examples.reproduction.intervals import RESAMPLES, Interval
+from examples.reproduction.orderings import NAMES, Evidence, Ordering, orderings
+from examples.reproduction.plan import LONG_METHODS
+from examples.reproduction.results import KS, Results, full_curve
+
+ONE, FULL = "One base: `make reproduce`", "The full comparison: `make reproduce-full`"
+INTRODUCTION = """# The paper's comparison on two CPU cores
+
+    make reproduce         # one base model: at most an hour on two cores
+    make reproduce-full    # three bases, five seeds, the search: hours; resumable
+
+repeat the comparison of arXiv 2506.01347 with a tiny model. A base model is pre-trained on operator puzzles
+([quickstart](quickstart.md) explains the task), each method trains it further through the ordinary `megatron-nsr train`, and Pass@k is
+estimated on test problems that no training has seen. Both commands skip what is done, so that the same command continues after a kill;
+then they write this page. Which ordering holds is decided by rules from the numbers in `docs/results/`; nothing below about an outcome
+was written by hand.
+
+A model of 200,000 parameters on a puzzle says nothing about language models of billions. It says whether this code's objectives
+behave as the paper describes where the whole experiment can be repeated by anyone.
+"""
+
+READING = f"""## How to read it
+
+- Differences are paired: the same base, the same test problems. Intervals are at 95 %. Those of Pass@k come from {RESAMPLES} resamples of
+  bases, runs and problems; those of entropy are Student's t over runs. With one base they say nothing about other bases.
+- *Equal steps* compares methods after the same number of training steps. *Matched Pass@1* compares each where it first reaches the
+  highest Pass@1 that all of them reach (interpolated between evaluations), so that a method that merely learns more slowly does not look
+  more diverse.
+- *undecided* means that the intervals are too wide for the rule, not that the claim is wrong.
+"""
+
+
+def render(one: Results | None, full: Results | None, settings: Sequence[dict[str, Any]]) -> str:
+    """The page; a comparison that was not run is said to be missing. settings: the candidate puzzles with what their bases reached."""
+    parts = [INTRODUCTION, READING]
+    for title, results, prefix in ((ONE, one, "reproduction"), (FULL, full, "reproduction_full")):
+        parts.append(_section(title, results, prefix) if results else f"## {title}\n\n**Not run yet**: there are no numbers of it.\n")
+    if settings:
+        parts.append(_candidates(settings))
+    return "\n".join(parts)
+
+
+def _section(title: str, results: Results, prefix: str) -> str:
+    comparison = Comparison(results)
+    found = orderings(comparison)
+    equal, matched = comparison.at_equal_steps(), comparison.at_matched_pass_1()
+    blocks = [
+        f"## {title}",
+        _setting(results),
+        "### The paper's orderings",
+        _verdicts(found),
+        f"### After {results.steps} steps",
+        _pass_at_k_table(equal, [BASE, *comparison.methods]),
+        f"![Pass@k of base and methods, and the difference to the base](images/{prefix}_pass_at_k.png)",
+        "Difference to the base, points:",
+        _difference_table(equal, comparison.methods),
+        "### At matched Pass@1",
+        _matched_text(comparison),
+        _pass_at_k_table(matched, comparison.methods),
+        "### Extended training",
+        _long_table(comparison),
+        f"![Pass@k against training steps](images/{prefix}_long.png)",
+        "### What decided each verdict",
+        *(_evidence(each) for each in found),
+        "### Learning rates",
+        _rates(results),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _setting(results: Results) -> str:
+    settings, cost = results.settings, results.cost
+    curve = full_curve(results.bases[0].evaluation)
+    largest = max(curve)
+    base_ranges = [full_curve(each.evaluation)[largest] for each in results.bases]
+    counts = f"{_count(len(results.bases), 'base')}, {_count(len(settings['seeds']), 'seed')} a method and base"
+    reach = ", ".join(_percent(value) for value in base_ranges)
+    hours = f"{cost['wall_s'] / 60:.0f} minutes by the clock and {cost['cpu_s'] / 60:.0f} minutes of CPU time"
+    environment = results.environment
+    commit = (environment.get("git") or {}).get("commit", "unknown")
+    return (
+        f"{settings['numbers']} numbers (1 to {settings['largest_operand']}, values up to {settings['largest_value']}), "
+        f"{settings['base_steps']:,} supervised steps; {counts}; {settings['test']} test problems, n = {settings['samples']} "
+        f"(base: {results.bases[0].evaluation.n}). Pass@{largest} of the base: {reach}. "
+        f"It took {hours}, on {environment['hardware']['cores']} cores ({environment['hardware']['cpu']}), at commit {commit[:12]}."
+    )
+
+
+def _verdicts(found: Iterable[Ordering]) -> str:
+    rows = [(each.label, each.claim, f"**{each.verdict}**") for each in found]
+    return _table(("", "claim", "at this scale"), rows)
+
+
+def _pass_at_k_table(field: Field, names: Sequence[str]) -> str:
+    rows = []
+    for name in names:
+        entropy = field.entropy_level(name)
+        rows.append((NAMES[name], *(_share(each) for each in field.level(name)), _nats(entropy)))
+    return _table(("", *(f"Pass@{k}, %" for k in KS), "entropy, nats"), rows)
+
+
+def _difference_table(field: Field, methods: Sequence[str]) -> str:
+    rows = [(NAMES[method], *(_points(each) for each in field.difference(method, BASE))) for method in methods]
+    return _table(("", *(f"Pass@{k}" for k in KS)), rows)
+
+
+def _matched_text(comparison: Comparison) -> str:
+    levels = comparison.matched_levels()
+    low, high = min(levels), max(levels)
+    level = _percent(low) if math.isclose(low, high) else f"{_percent(low)} to {_percent(high)}, by base and seed"
+    return f"Common Pass@1: {level}."
+
+
+def _long_table(comparison: Comparison) -> str:
+    rows = []
+    for method in (name for name in LONG_METHODS if name in comparison.methods):
+        for step in comparison.long_steps(method):
+            field = comparison.at_step(step, [method])
+            levels = field.level(method)
+            rows.append((NAMES[method], str(step), *(_share(levels[KS.index(k)]) for k in LONG_KS), _nats(field.entropy_level(method))))
+    return _table(("", "step", *(f"Pass@{k}, %" for k in LONG_KS), "entropy, nats"), rows)
+
+
+def _evidence(ordering: Ordering) -> str:
+    rows = [(each.what, _interval(each)) for each in ordering.evidence]
+    unit = "points" if ordering.evidence[0].unit == "points" else "nats"
+    return f"**{ordering.label}** {ordering.claim}: **{ordering.verdict}**. It {ordering.rule}.\n\n" + _table(("difference", unit), rows)
+
+
+def _rates(results: Results) -> str:
+    used = {method: sorted({run.learning_rate for run in results.of(method)}) for method in results.methods}
+    text = "Used: " + ", ".join(f"{NAMES[method]} {', '.join(f'{rate:g}' for rate in rates)}" for method, rates in used.items()) + "."
+    if not results.search:
+        return f"{text} No search was made in this comparison: the rates are fixed in `examples/reproduction/plan.py`."
+    seeds = sorted({run.seed for run in results.search})
+    runs = f"{_count(len({run.base for run in results.search}), 'base')}, seeds {', '.join(map(str, seeds))}"
+    scores = search.scores(results.search)
+    rates = sorted({rate for row in scores.values() for rate in row})
+    rows = [(NAMES[method], *(_percent(row[rate]) if rate in row else "" for rate in rates)) for method, row in scores.items()]
+    table = _table(("mean Pass@1..64", *(f"{rate:g}" for rate in rates)), rows)
+    where = f"on {results.settings['validation']} validation problems after {results.steps} steps ({runs})"
+    return f"{text} Chosen by the mean over k {where}:\n\n{table}"
+
+
+def _candidates(settings: Sequence[dict[str, Any]]) -> str:
+    ks = sorted({int(k) for each in settings for k in each["pass_at_k"]})
+    shown = [k for k in ks if k in (1, 8, 64, 256)]
+    rows = [
+        (f"{each['numbers']}", f"{each['base_steps']:,}", *(_percent(each["pass_at_k"][str(k)]) for k in shown), f"{each['entropy']:.3f}")
+        for each in settings
+    ]
+    table = _table(("numbers", "supervised steps", *(f"Pass@{k}" for k in shown), "entropy, nats"), rows)
+    return (
+        "## The choice of the puzzle\n\nBase models of candidate puzzles on validation problems. Wanted: a Pass@256 of 90 to 97 %, so that "
+        f"guessing does not decide the right end of the curve.\n\n{table}\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _share(each: Interval) -> str:
+    return f"{100 * each.mean:.1f} ({100 * each.low:.1f} to {100 * each.high:.1f})"
+
+
+def _points(each: Interval) -> str:
+    return f"{100 * each.mean:+.1f} ({100 * each.low:+.1f} to {100 * each.high:+.1f})"
+
+
+def _nats(each: Interval) -> str:
+    return f"{each.mean:.3f}" + ("" if math.isnan(each.low) else f" ({each.low:.3f} to {each.high:.3f})")
+
+
+def _interval(evidence: Evidence) -> str:
+    each = evidence.interval
+    if evidence.unit == "points":
+        return _points(each)
+    return f"{each.mean:+.3f}" + (" (one run: no interval)" if math.isnan(each.low) else f" ({each.low:+.3f} to {each.high:+.3f})")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

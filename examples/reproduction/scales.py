@@ -1,0 +1,48 @@
+"""The sizes in which the comparison can be run, and the puzzles that were tried for it. May import: the plan."""
+
+from __future__ import annotations
+
+from examples.quickstart.puzzle import Ranges
+from examples.reproduction.plan import Scale, Task
+
+FOUR, FIVE = Ranges(numbers=4), Ranges(numbers=5)
+TASK = Task(FOUR, base_steps=1500)
+# Chosen on validation problems with seeds of their own.
+RATES = {"psr": 1e-4, "nsr": 1e-4, "w_reinforce": 1e-4, "reinforce": 1e-4, "grpo": 1e-4}
+
+SCALES = {
+    "one": Scale("one", TASK, bases=(1,), seeds=(1, 2, 3), steps=100, long_steps=300, every=50, samples=64, rates=RATES),
+    "full": Scale(
+        "full",
+        TASK,
+        bases=(1, 2, 3),
+        seeds=(1, 2, 3, 4, 5),
+        steps=100,
+        long_steps=400,
+        every=50,
+        samples=64,
+        search_rates=(5e-5, 1e-4, 2e-4, 4e-4),
+        search_seeds=(101,),
+    ),
+    # A rehearsal of everything that `full` does, in minutes; its numbers mean nothing.
+    "tiny": Scale(
+        "tiny",
+        Task(FOUR, base_steps=60, validation=8, test=8),
+        bases=(1, 2),
+        seeds=(1, 2),
+        steps=2,
+        long_steps=4,
+        every=2,
+        samples=64,
+        base_samples=64,
+        corpus_size=3000,
+        search_rates=(1e-4, 2e-4),
+        search_seeds=(101,),
+    ),
+}
+
+CANDIDATES = tuple(
+    Scale(f"{ranges.numbers}_numbers_{steps}_steps", Task(ranges, steps), bases=(1,), seeds=(), steps=0, long_steps=0, every=0, samples=256)
+    for ranges in (FOUR, FIVE)
+    for steps in (600, 1500)
+)
