@@ -6,7 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how busy the machine is must not decide a test
+hypothesis.settings.load_profile("untimed")
 
 # Before torch and vLLM are first imported, and inherited by every process that a test starts.
 for _name, _value in {

@@ -11,7 +11,7 @@ from megatron_nsr.data.tokenizers import load_tokenizer
 from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.types import UserError
 
-COMMON = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COMMON = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_hf_ids_without_special_tokens_of_its_own(llama: Path) -> None:

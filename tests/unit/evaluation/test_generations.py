@@ -66,7 +66,7 @@ def config(**evaluation: Any) -> Config:
             "data": {"template": "plain"},
             "objective": {"name": "nsr"},
             "reward": {"grader": "own:Grader"},
-            "evaluation": {"samples": 4, "part_samples": 8, **evaluation},
+            "evaluation": {"samples": 4, "part_samples": 8, "greedy": False, **evaluation},
         }
     )
 

@@ -44,7 +44,7 @@ def by_enumeration(labels: Sequence[int], correct: Sequence[bool], k: int) -> fl
 LABELS = st.lists(st.integers(-1, 3), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LABELS, st.lists(st.booleans(), min_size=4, max_size=4))
 def test_it_is_exact_at_one_and_at_all_and_near_between(labels: list[int], correct: list[bool]) -> None:
     votes = Votes(np.array(labels), np.array(correct))

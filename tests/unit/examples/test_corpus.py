@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.quickstart.arithmetic import Expression, make_problems
@@ -29,7 +29,6 @@ def test_an_attempt_is_written_as_a_chain() -> None:
     assert write_attempt((3, 7, 2), "+*") == "try 3+7=10*2=20"
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 4))
 def test_every_written_step_is_right_and_the_box_has_an_operator_for_each_gap(seed: int, numbers: int) -> None:
     rng, ranges = random.Random(seed), Ranges(numbers=numbers)
@@ -43,7 +42,6 @@ def test_every_written_step_is_right_and_the_box_has_an_operator_for_each_gap(se
     assert 1 <= response.count("try ") <= Author().tries
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_a_flawless_author_solves_at_once(seed: int) -> None:
     rng = random.Random(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.quickstart.puzzle import (
@@ -29,7 +29,6 @@ def left_to_right(numbers: tuple[int, ...], operators: str) -> int:
     return int(eval(text))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=5), st.data())
 def test_values_are_those_of_python_bracketed_from_the_left(numbers: list[int], data: st.DataObject) -> None:
     operators = data.draw(st.text(OPERATORS, min_size=len(numbers) - 1, max_size=len(numbers) - 1))
@@ -39,7 +38,6 @@ def test_values_are_those_of_python_bracketed_from_the_left(numbers: list[int], 
     assert not solves(Problem(tuple(numbers), values[-1] + 1), operators)
 
 
-@settings(deadline=None)
 @given(RANGES, st.integers(0, 2**32))
 def test_a_generated_problem_lies_in_its_ranges_and_can_be_written_out(ranges: Ranges, seed: int) -> None:
     problem = generate(random.Random(seed), ranges)
@@ -50,7 +48,6 @@ def test_a_generated_problem_lies_in_its_ranges_and_can_be_written_out(ranges: R
     assert all(0 <= value <= ranges.largest_value for operators in right for value in running_values(problem.numbers, operators))
 
 
-@settings(deadline=None)
 @given(RANGES, st.integers(0, 2**32))
 def test_solutions_are_all_and_only_the_operators_that_reach_the_target(ranges: Ranges, seed: int) -> None:
     problem = generate(random.Random(seed), ranges)
@@ -80,7 +77,6 @@ def test_an_unknown_operator_is_an_error() -> None:
         solves(Problem((3, 7, 2), 20), "+/")
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_splits_are_disjoint_of_the_asked_size_and_the_same_for_the_same_seed(seed: int) -> None:
     splits = make_splits(Ranges(), train=40, validation=20, test=10, seed=seed)

@@ -149,7 +149,7 @@ def test_a_difference_is_paired_so_that_what_runs_share_does_not_widen_it() -> N
     assert shifted.low == pytest.approx(0.1) and shifted.high == pytest.approx(0.1)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=6))
 def test_every_draw_of_runs_weighs_one_and_bases_alike(bases: list[int]) -> None:
     weights = Resampler(bases, 3).run_weights

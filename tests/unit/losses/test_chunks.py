@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_nsr.losses import torch_rows
@@ -13,7 +13,6 @@ from megatron_nsr.losses.head_tensors import HeadOptions
 from megatron_nsr.losses.shard import VocabularyShard
 
 
-@settings(deadline=None)
 @given(tokens=st.integers(0, 40), chunk=st.integers(1, 50), data=st.data())
 def test_every_token_is_in_one_chunk(tokens: int, chunk: int, data: st.DataObject) -> None:
     head = ChunkedHead(torch.zeros(3, 2), VocabularyShard(0, 3), HeadOptions(chunk=chunk))
@@ -24,7 +23,6 @@ def test_every_token_is_in_one_chunk(tokens: int, chunk: int, data: st.DataObjec
     assert all(0 < len(part) <= chunk for part in parts)
 
 
-@settings(deadline=None)
 @given(vocab_shard=st.integers(0, 300_000), device=st.sampled_from(["cpu", "cuda"]))
 def test_a_chunks_logits_fill_a_bounded_workspace(vocab_shard: int, device: str) -> None:
     chunk = default_chunk(vocab_shard, torch.device(device))

@@ -30,7 +30,7 @@ from tests.unit.losses.cases import (
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=cases(), terms=loss_terms(), chunk=st.integers(1, 9))
 def test_loss_and_gradients_equal_the_reference(case: Case, terms: LossTerms, chunk: int) -> None:
     output = case.run(terms, chunk=chunk)
@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_the_reference(case: Case, terms: LossTerms, ch
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10_000), terms=loss_terms(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_fp32_and_bf16_inputs_give_the_gradient_of_their_values(seed: int, terms: LossTerms, dtype: torch.dtype) -> None:
     terms = replace(terms, eps_low=0.9, eps_high=9.0, dual_clip=None)  # rounding may not move a token over a bound
@@ -88,7 +88,7 @@ def test_clip_flags_mark_the_tokens_without_a_gradient() -> None:
     assert torch.equal(output.clipped, (d_hidden == 0).all(-1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases(response_rows=False), terms=loss_terms(), chunk=st.integers(1, 9), own=st.booleans())
 def test_rows_equal_masking_by_scale_with_zeros_elsewhere(case: Case, terms: LossTerms, chunk: int, own: bool) -> None:
     if own:

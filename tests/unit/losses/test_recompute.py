@@ -33,7 +33,7 @@ def clipped_loss(case: Case, terms: LossTerms) -> Callable[[Tensor, Tensor], Ten
     return own
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     case=cases(loss_gradient=1.0),
     entropy=st.sampled_from([0.0, 0.05]),

@@ -20,7 +20,7 @@ from tests.unit.losses.cases import (
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=cases(sign_norms=True), terms=loss_terms(), chunk=st.integers(1, 9))
 def test_norms_are_of_the_main_term_whatever_the_entropy_bonus(case: Case, terms: LossTerms, chunk: int) -> None:
     got = case.run(terms, chunk=chunk).input_grad_sq

@@ -129,7 +129,7 @@ def test_a_weight_of_zero_is_never_clipped() -> None:
     assert not one_token(LossTerms(), 0.0, 0.0, old_logprobs=-3.0).clipped.item()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 10_000), terms=loss_terms())
 def test_the_closed_form_gradient_is_the_loss_functions(seed: int, terms: LossTerms) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ def distribution(logits: torch.Tensor, targets: torch.Tensor, inverse_temperatur
     return merge(statistics(logits, targets, inverse_temperature, entropy=True)[None])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 9), columns=st.integers(1, 40), inverse=st.sampled_from([1.0, 0.8, 2.0]))
 def test_statistics_are_the_sums_about_the_maximum(seed: int, rows: int, columns: int, inverse: float) -> None:
     logits, targets, _ = random_rows(seed, rows, columns)
@@ -39,7 +39,7 @@ def test_statistics_are_the_sums_about_the_maximum(seed: int, rows: int, columns
     assert not without[2].any() and torch.equal(without[[0, 1, 3]], torch.stack([maximum, total, target]))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 9),

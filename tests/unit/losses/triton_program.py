@@ -66,7 +66,7 @@ SIZES = {"seed": st.integers(0, 10_000), "rows": st.integers(1, 3), "columns": s
 TEMPERATURES = st.sampled_from([1.0, 0.7])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SIZES, kind=KINDS, temperature=TEMPERATURES)
 def test_statistics_equal_torch_and_float64(small_tiles: None, seed: int, rows: int, columns: int, kind: str, temperature: float) -> None:
     logits, targets = random_logits(seed, rows, columns, kind)
@@ -167,7 +167,7 @@ def same_fields(got: object, want: object, tolerance: float = 2e-6) -> None:
             close(values, expected, tolerance)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.sampled_from([1, 40, 300]),
@@ -221,7 +221,7 @@ def exact_gradient(logits: Tensor, targets: Tensor, grads: Tensor, inverse_tempe
     return torch.autograd.grad((grads[0] * logprob + grads[1] * entropy).sum(), exact)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SIZES, kind=KINDS, temperature=TEMPERATURES, with_entropy=st.booleans(), in_place=st.booleans())
 def test_d_logits_equal_torch_and_float64(
     small_tiles: None, seed: int, rows: int, columns: int, kind: str, temperature: float, with_entropy: bool, in_place: bool

@@ -23,7 +23,7 @@ def whole(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
 
 
 @given(dtype=DTYPES, data=st.data(), chunk=st.sampled_from([1, 7, 1 << 20]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_one_changed_or_two_exchanged_elements_change_the_checksum(dtype: torch.dtype, data: st.DataObject, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checksums, "ELEMENTS", chunk)
@@ -38,7 +38,7 @@ def test_one_changed_or_two_exchanged_elements_change_the_checksum(dtype: torch.
 
 
 @given(dtype=DTYPES, row=st.integers(0, 5), column=st.integers(0, 7), chunk=st.sampled_from([1, 7, 1 << 20]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_parts_cut_anywhere_add_up(dtype: torch.dtype, row: int, column: int, chunk: int) -> None:
     tensor = torch.randn(5, 8, generator=torch.Generator().manual_seed(row * 8 + column))
     with pytest.MonkeyPatch.context() as patch:

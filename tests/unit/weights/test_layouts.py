@@ -35,7 +35,7 @@ ENTRIES = {f"{family}.{entry.megatron}": (entry, shape) for family, shape in SHA
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize(("entry", "shape"), ENTRIES.values(), ids=ENTRIES.keys())
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_joining_the_shards_gives_the_tensors_back_bitwise(entry: Entry, shape: ModelShape, tensor: int, data: st.DataObject) -> None:
     shape = replace(
         shape,

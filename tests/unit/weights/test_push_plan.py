@@ -35,7 +35,7 @@ def plan(shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int) -> 
 
 
 @given(layout=LAYOUTS, bucket_bytes=st.integers(1, 400_000), family=st.sampled_from(["qwen2", "qwen3", "llama"]), tied=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_buckets_keep_to_their_size_to_one_stage_and_to_the_order_of_export(
     shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int, family: Family, tied: bool
 ) -> None:
@@ -52,7 +52,7 @@ def test_buckets_keep_to_their_size_to_one_stage_and_to_the_order_of_export(
 
 
 @given(layout=LAYOUTS, bucket_bytes=st.integers(1, 400_000), replicas=st.integers(1, 2))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_every_rank_receives_exactly_what_it_lacks(
     shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int, replicas: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_every_rank_receives_exactly_what_it_lacks(
     replicas=st.sampled_from([1, 2]),
     bucket_bytes=st.integers(1, 400_000),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_experts_travel_from_the_rank_that_has_them_and_every_rank_receives_exactly_what_it_lacks(
     shape: ModelShape, tensor: int, pipeline: int, expert: int, replicas: int, bucket_bytes: int
 ) -> None:
@@ -113,7 +113,7 @@ def test_the_weights_bytes_are_those_of_the_hf_tensors_without_padding(shape: Mo
 
 
 @given(layout=LAYOUTS, bucket_bytes=st.integers(1, 400_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_two_buffers_hold_any_two_neighbouring_buckets(shape: ModelShape, layout: tuple[int, int, int], bucket_bytes: int) -> None:
     made = plan(shape, layout, bucket_bytes)
     largest = 2 * (shape.heads + 2 * shape.query_groups) * shape.head_dim * shape.hidden  # bytes of the fused q, k and v
