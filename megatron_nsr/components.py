@@ -76,16 +76,20 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
         _check_own_loss(objective, config)
     if training and config.data.train is None:
         raise UserError("data.train: required for training, but not given")
+    data = config.data
+    train = _read(config, tokenizer, data.train, "data.train", data.limit) if training and data.train else None
     benchmarks = {
         name: _read(config, tokenizer, path, _field(name), config.evaluation.limit)
         for name, path in config.evaluation.benchmarks.items()
         if path is not None
     }
-    train = sampler = None
-    if training and config.data.train:
-        train, validation = _read_train(config, tokenizer, config.data.train, benchmarks)
-        sampler = PromptSampler(len(train.prompts), config.data.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle)
+    sampler = None
+    if train is not None:
+        train, validation = _set_apart(config, tokenizer, train, benchmarks)
         benchmarks |= validation
+        if config.objective.name == "supervised":
+            require_responses(train.prompts, str(data.train))
+        sampler = PromptSampler(len(train.prompts), data.prompts_per_step, seed=config.run.seed, shuffle=data.shuffle)
     _check_lengths(config, shape.max_positions, train, benchmarks)
     samples = objective is not None or bool(benchmarks)
     return Inputs(
@@ -184,21 +188,20 @@ def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollout
     return stack.enter_context(rollouts)  # closes the engine too
 
 
-def _read_train(
-    config: Config, tokenizer: Tokenizer, path: str, benchmarks: Mapping[str, PromptSet]
+def _set_apart(
+    config: Config, tokenizer: Tokenizer, train: PromptSet, benchmarks: Mapping[str, PromptSet]
 ) -> tuple[PromptSet, dict[str, PromptSet]]:
     """What is trained on, and the problems of data.validation as one more benchmark where there are any."""
-    data, validation = config.data, dict[str, PromptSet]()
-    train = _read(config, tokenizer, path, "data.train", data.limit)
-    if isinstance(data.validation, str):
-        validation[VALIDATION] = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
-        others = {"data.train": train} | {_field(name): problems for name, problems in benchmarks.items()}
-        require_disjoint(validation[VALIDATION], data.validation, others)
-    elif data.validation is not None:
-        train, validation[VALIDATION] = hold_out(train, data.validation, seed=data.validation_seed)
-    if config.objective.name == "supervised":
-        require_responses(train.prompts, path)
-    return train, validation
+    data = config.data
+    if data.validation is None:
+        return train, {}
+    if isinstance(data.validation, int):
+        train, held_out = hold_out(train, data.validation, seed=data.validation_seed)
+        return train, {VALIDATION: held_out}
+    given = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
+    others = {"data.train": train} | {_field(name): problems for name, problems in benchmarks.items()}
+    require_disjoint(given, data.validation, others)
+    return train, {VALIDATION: given}
 
 
 def _check_own_loss(objective: Objective, config: Config) -> None:

@@ -76,6 +76,7 @@ def test_one_process_leaves_a_complete_run(undisturbed: Callable[[int], Path]) -
 def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
     both_signs = (
         "objective.name=w_reinforce",
+        *("data.prompts_per_step=64", "objective.mini_batch_prompts=64"),  # so many that some are correct
         "objective.rollout_correction=2.0",
         "objective.kl_coefficient=0.1",
         "logging.probe_every=1",
