@@ -87,18 +87,34 @@ def comparison_records(evaluations: Sequence[Evaluated]) -> list[dict[str, Any]]
     for item in evaluations:
         for name, entry in item.benchmarks.items():
             base = next(other.benchmarks[name] for other in evaluations if name in other.benchmarks)
-            differences = {} if base is entry else _differences(entry, base)
-            groups = {f"{column}={value}": scores for column, values in entry.get("groups", {}).items() for value, scores in values.items()}
-            for group, scores in {"all": {**entry, "problems": len(entry["problems"])}, **groups}.items():
-                common = {"evaluation": item.label, "step": item.step, "benchmark": name, "group": group}
-                counts = {"problems": scores["problems"], "n": entry["n"]}
-                for measure, keys in (("pass", PASS_KEYS), ("cons", CONS_KEYS)):
-                    for k in scores.get(keys[0], {}):
-                        value, low, high = (scores.get(key, {}).get(k) for key in keys)
-                        row = {**common, "measure": measure, "k": int(k), "value": value, "low": low, "high": high, **counts}
-                        records.append(
-                            dict.fromkeys(COLUMNS) | row | (differences.get(k, {}) if (group, measure) == ("all", "pass") else {})
-                        )
+            common = {"evaluation": item.label, "step": item.step, "benchmark": name, "n": entry["n"]}
+            everything = {**entry, "problems": len(entry["problems"])}
+            records += _group_records(common, "all", everything, {} if base is entry else _differences(entry, base))
+            for column, values in entry.get("groups", {}).items():
+                for value, scores in values.items():
+                    records += _group_records(common, f"{column}={value}", scores, {})
+    return records
+
+
+def _group_records(
+    common: Mapping[str, Any], group: str, scores: Mapping[str, Any], differences: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """differences: by k, of Pass@k."""
+    records = []
+    for measure, keys in (("pass", PASS_KEYS), ("cons", CONS_KEYS)):
+        for k in scores.get(keys[0], {}):
+            value, low, high = (scores.get(key, {}).get(k) for key in keys)
+            row = {
+                "group": group,
+                "problems": scores["problems"],
+                "measure": measure,
+                "k": int(k),
+                "value": value,
+                "low": low,
+                "high": high,
+            }
+            compared = differences.get(k, {}) if measure == "pass" else {}
+            records.append({**dict.fromkeys(COLUMNS), **common, **row, **compared})
     return records
 
 
