@@ -111,7 +111,7 @@ def test_generations_are_kept_in_parts(undisturbed: tuple[dict[str, Any], Path])
         "part_00000.parquet",
         "part_00001.parquet",
         "part_00002.parquet",
-        "settings.json",
+        "_settings.json",
     ]
     kept = rows(directory)
     assert list(kept[0]) == SCHEMA.names
@@ -185,6 +185,6 @@ def test_damage_is_named(undisturbed: tuple[dict[str, Any], Path]) -> None:
     (directory / "part_00001.parquet").unlink()
     with pytest.raises(UserError, match=r"part_00002\.parquet: does not go on with problem 2"):
         evaluate(directory, SeedEngine())
-    (directory / "settings.json").write_text(json.dumps([1]))
+    (directory / "_settings.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match=r"settings\.json: not readable"):
         evaluate(directory, SeedEngine())
