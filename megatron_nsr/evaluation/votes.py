@@ -58,12 +58,12 @@ def same_by_math_verify(pool: GraderPool) -> SameAnswers:
 def count_votes(verdicts: Sequence[Sequence[Verdict]], same: SameAnswers | None) -> list[Votes] | None:
     """Which responses of a problem agree; verdicts: those of each problem's samples.
 
-    A response without an answer (no box or an empty one, out of tokens, grader lost) does not vote. With `same`, answers are mathematics: all correct
-    ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so. It is asked for the
-    COMPARED most frequent wrong answers of a problem, and not for two that were given once: parsing is slow. Without it, answers agree
-    as texts. None where a correct verdict names no answer: such a grader cannot be voted on.
+    A response without an answer (no box or an empty one, out of tokens, grader lost) does not vote. With `same`, answers are
+    mathematics: all correct ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so.
+    It is asked for the COMPARED most frequent wrong answers of a problem, and not for two that were given once: parsing is slow.
+    Without it, answers agree as texts. None where a correct verdict names no answer: such a grader cannot be voted on.
     """
-    if any(verdict.outcome is Outcome.CORRECT and verdict.answer is None for samples in verdicts for verdict in samples):
+    if any(verdict.outcome is Outcome.CORRECT and not verdict.answer for samples in verdicts for verdict in samples):
         return None
     keys = [[_key(verdict, mathematical=same is not None) for verdict in samples] for samples in verdicts]
     if same is not None:

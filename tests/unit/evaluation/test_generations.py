@@ -108,10 +108,10 @@ def undisturbed(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Path]]:
 def test_generations_are_kept_in_parts(undisturbed: tuple[dict[str, Any], Path]) -> None:
     result, directory = undisturbed
     assert [path.name for path in sorted(directory.iterdir())] == [
+        "_settings.json",
         "part_00000.parquet",
         "part_00001.parquet",
         "part_00002.parquet",
-        "_settings.json",
     ]
     kept = rows(directory)
     assert list(kept[0]) == SCHEMA.names
