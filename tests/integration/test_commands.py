@@ -96,6 +96,7 @@ def test_a_checkpoint_and_its_export_evaluate_alike_even_after_a_kill(
     math = results[0]["benchmarks"]["MATH"]
     assert 0 < len(math["problems"]) <= 50 and len(math["problems"]) + math["too_long"] == min(50, parquet_rows(benchmark_data))
     assert math["no_verdict"] == 0 and results[0]["heldout_entropy"] > 0
+    assert sum(level["problems"] for level in math["groups"]["level"].values()) == len(math["problems"]) and math["groups"]["type"]
     puzzle = pyarrow.parquet.ParquetDataset(evaluations[10].generations(10, "puzzle")).read().to_pylist()
     assert [row["problem_id"] for row in puzzle] == [problem["id"] for problem in results[10]["benchmarks"]["puzzle"]["problems"]]
     assert {row["weight_version"] for row in puzzle} == {10}
