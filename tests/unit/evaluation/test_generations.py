@@ -91,8 +91,8 @@ def evaluate(directory: Path | None, engine: SeedEngine, **evaluation: Any) -> d
 
 
 def sampled(engine: SeedEngine) -> list[list[int]]:
-    """The prompts of each call for Pass@k; the last call is for the entropy."""
-    return [[request.prompt_ids[0] for request in call] for call in engine.asked[:-1]]
+    """The prompts of each call for Pass@k, which alone asks for several responses."""
+    return [[request.prompt_ids[0] for request in call] for call in engine.asked if call[0].n > 1]
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
