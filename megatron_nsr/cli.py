@@ -160,14 +160,14 @@ def compare(
     def work() -> int:
         from rich.console import Console
 
-        from megatron_nsr.evaluation.comparison import comparison_records, comparison_table, load_evaluations, write_picture, write_records
+        from megatron_nsr.evaluation.comparison import comparison_records, load_evaluations, render_comparison, write_picture, write_records
 
         found = load_evaluations(evaluations)
         if out is not None:
             write_records(out, comparison_records(found))
         if plot is not None:
             write_picture(plot, found)
-        Console().print(comparison_table(found))
+        Console().print(render_comparison(found))
         return DONE
 
     _exit(work)

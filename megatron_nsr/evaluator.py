@@ -54,7 +54,7 @@ def evaluate(config: Config) -> None:
             console = Console()
             for name, scores in evaluation.result["benchmarks"].items():
                 console.print(render_result(name, scores))
-            console.print(f"written to {run.evaluation(step)}")
+            print(f"written to {run.evaluation(step)}", flush=True)
 
 
 def _refuse_mixing(run: RunDirectory, model: Path, step: int) -> None:

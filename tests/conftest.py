@@ -61,7 +61,9 @@ def _row(name: str, index: int, with_solution: bool) -> dict[str, Any]:
     question, solution, target = PROBLEMS[index]
     truth = {"question": question, "target": target} | ({"solution": solution} if with_solution else {})
     benchmark, split = name.split("/")
+    marks = {"level": f"Level {index % 5 + 1}", "type": "Algebra"} if with_solution else {}
     return {
+        **marks,
         "data_source": benchmark,
         "prompt": [{"content": question, "role": "user"}],
         "ability": "math",

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from megatron_nsr.evaluation.bootstrap import interval
 from megatron_nsr.evaluation.pass_at_k import pass_at_k
@@ -24,7 +26,7 @@ from megatron_nsr.observability.plots import PALETTE, Line, color_of, panels_fig
 from megatron_nsr.observability.run_directory import RunDirectory, write_atomic
 from megatron_nsr.types import UserError
 
-SHOWN_KS = 5  # columns of Pass@k in the terminal; the files have every k
+SHOWN_KS = 4  # columns of Pass@k in the terminal; the files have every k
 NO_VALUE = "–"
 COLUMNS = (
     *("evaluation", "step", "benchmark", "group", "measure", "k", "value", "low", "high", "problems", "n"),
@@ -59,21 +61,22 @@ def load_evaluations(paths: Sequence[Path]) -> list[Evaluated]:
     return found
 
 
-def comparison_table(evaluations: Sequence[Evaluated]) -> Table:
-    """A row for each evaluation and benchmark: Pass@k over a 95 % interval, and cons@k at the largest k."""
-    names = benchmark_names(evaluations)
-    ks = _shown({int(k) for item in evaluations for entry in item.benchmarks.values() for k in entry["pass_at_k"]})
-    table = Table("evaluation", "benchmark", show_lines=True)
-    for column in ("problems", "n", *(f"Pass@{k}" for k in ks), "cons@n"):
-        table.add_column(column, justify="right")
-    for name in names:
-        for item in evaluations:
-            if name in item.benchmarks:
-                entry = item.benchmarks[name]
-                largest = max((int(k) for k in entry.get("cons_at_k", {})), default=0)
-                cells = [*(_cell(entry, PASS_KEYS, k) for k in ks), _cell(entry, CONS_KEYS, largest)]
-                table.add_row(item.label, name, str(len(entry["problems"])), str(entry["n"]), *cells)
-    return table
+def render_comparison(evaluations: Sequence[Evaluated]) -> RenderableType:
+    """For each benchmark a table with a row an evaluation: Pass@k over its 95 % interval, and cons@k at the largest k, in per cent."""
+    parts: list[RenderableType] = []
+    for name in benchmark_names(evaluations):
+        entries = {item.label: item.benchmarks[name] for item in evaluations if name in item.benchmarks}
+        ks = _shown({int(k) for entry in entries.values() for k in entry["pass_at_k"]})
+        table = Table(show_lines=True)
+        table.add_column("evaluation", overflow="fold")
+        for column in ("n", *(f"Pass@{k}" for k in ks), "cons@n"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for label, entry in entries.items():
+            largest = max((int(k) for k in entry.get("cons_at_k", {})), default=0)
+            table.add_row(label, str(entry["n"]), *(_cell(entry, PASS_KEYS, k) for k in ks), _cell(entry, CONS_KEYS, largest))
+        counts = sorted({len(entry["problems"]) for entry in entries.values()})
+        parts += [Text(f"{name}: {' or '.join(map(str, counts))} problems; per cent, and 95 % intervals"), table]
+    return Group(*parts)
 
 
 def comparison_records(evaluations: Sequence[Evaluated]) -> list[dict[str, Any]]:
@@ -87,18 +90,34 @@ def comparison_records(evaluations: Sequence[Evaluated]) -> list[dict[str, Any]]
     for item in evaluations:
         for name, entry in item.benchmarks.items():
             base = next(other.benchmarks[name] for other in evaluations if name in other.benchmarks)
-            differences = {} if base is entry else _differences(entry, base)
-            groups = {f"{column}={value}": scores for column, values in entry.get("groups", {}).items() for value, scores in values.items()}
-            for group, scores in {"all": {**entry, "problems": len(entry["problems"])}, **groups}.items():
-                common = {"evaluation": item.label, "step": item.step, "benchmark": name, "group": group}
-                counts = {"problems": scores["problems"], "n": entry["n"]}
-                for measure, keys in (("pass", PASS_KEYS), ("cons", CONS_KEYS)):
-                    for k in scores.get(keys[0], {}):
-                        value, low, high = (scores.get(key, {}).get(k) for key in keys)
-                        row = {**common, "measure": measure, "k": int(k), "value": value, "low": low, "high": high, **counts}
-                        records.append(
-                            dict.fromkeys(COLUMNS) | row | (differences.get(k, {}) if (group, measure) == ("all", "pass") else {})
-                        )
+            common = {"evaluation": item.label, "step": item.step, "benchmark": name, "n": entry["n"]}
+            everything = {**entry, "problems": len(entry["problems"])}
+            records += _group_records(common, "all", everything, {} if base is entry else _differences(entry, base))
+            for column, values in entry.get("groups", {}).items():
+                for value, scores in values.items():
+                    records += _group_records(common, f"{column}={value}", scores, {})
+    return records
+
+
+def _group_records(
+    common: Mapping[str, Any], group: str, scores: Mapping[str, Any], differences: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """differences: by k, of Pass@k."""
+    records = []
+    for measure, keys in (("pass", PASS_KEYS), ("cons", CONS_KEYS)):
+        for k in scores.get(keys[0], {}):
+            value, low, high = (scores.get(key, {}).get(k) for key in keys)
+            row = {
+                "group": group,
+                "problems": scores["problems"],
+                "measure": measure,
+                "k": int(k),
+                "value": value,
+                "low": low,
+                "high": high,
+            }
+            compared = differences.get(k, {}) if measure == "pass" else {}
+            records.append({**dict.fromkeys(COLUMNS), **common, **row, **compared})
     return records
 
 
@@ -165,7 +184,7 @@ def _cell(entry: Mapping[str, Any], keys: Sequence[str], k: int) -> str:
     if value is None:
         return NO_VALUE
     band = "" if low is None or high is None else f"\n{100 * low:.1f}–{100 * high:.1f}"
-    return f"{100 * value:.1f} %{band}"
+    return f"{100 * value:.1f}{band}"
 
 
 def _read(path: Path, label: str) -> Evaluated:

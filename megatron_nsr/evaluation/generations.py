@@ -2,8 +2,9 @@
 
 May import: config, types, data, observability and pyarrow.
 
-RUN/eval/step_N/BENCHMARK/ holds settings.json, what the generations depend on, and part_00000.parquet, part_00001.parquet, ... Each
-part holds all samples of consecutive problems and is written whole or not at all; SCHEMA names its columns.
+RUN/eval/step_N/BENCHMARK/ holds _settings.json, what the generations depend on, and part_00000.parquet, part_00001.parquet, ... Each
+part holds all samples of consecutive problems and is written whole or not at all; SCHEMA names its columns. Readers of parquet take the
+directory for one table: they pass over names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SCHEMA = pa.schema(
         ("reason", pa.string()),
         ("answer", pa.string()),  # what the grader read from the response
         ("reference", pa.string()),
-        ("weight_version", pa.int64()),  # the step of the weights; settings.json has their checksum
+        ("weight_version", pa.int64()),  # the step of the weights; _settings.json has their checksum
     ]
 )
 _VERDICT_COLUMNS = ["problem", "outcome", "reason", "answer"]
@@ -68,7 +69,7 @@ def weights_digest(checksums: Mapping[str, int]) -> str:
 
 def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError, naming up to three differences, where `directory` holds generations that were made with other values of these."""
-    path = directory / "settings.json"
+    path = directory / "_settings.json"
     if not path.is_file():
         return
     try:
@@ -111,8 +112,8 @@ class Generations:
 
     def append(self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], first: int) -> None:
         """Writes a part: the samples of `prompts`, ordered by prompt and sample. first: the position of the first prompt."""
-        if not (self.directory / "settings.json").is_file():
-            write_json(self.directory / "settings.json", self.settings)
+        if not (self.directory / "_settings.json").is_file():
+            write_json(self.directory / "_settings.json", self.settings)
         rows = [_row(prompts[t.prompt], t, verdict, first + t.prompt) for t, verdict in zip(trajectories, verdicts, strict=True)]
         with replacing(self.directory / f"part_{len(self.parts()):05d}.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")

@@ -58,12 +58,12 @@ def same_by_math_verify(pool: GraderPool) -> SameAnswers:
 def count_votes(verdicts: Sequence[Sequence[Verdict]], same: SameAnswers | None) -> list[Votes] | None:
     """Which responses of a problem agree; verdicts: those of each problem's samples.
 
-    A response without an answer (no box, out of tokens, grader lost) does not vote. With `same`, answers are mathematics: all correct
-    ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so. It is asked for the
-    COMPARED most frequent wrong answers of a problem, and not for two that were given once: parsing is slow. Without it, answers agree
-    as texts. None where a correct verdict names no answer: such a grader cannot be voted on.
+    A response without an answer (no box or an empty one, out of tokens, grader lost) does not vote. With `same`, answers are
+    mathematics: all correct ones are one answer, and wrong ones are where they are the same number, the same text, or `same` says so.
+    It is asked for the COMPARED most frequent wrong answers of a problem, and not for two that were given once: parsing is slow.
+    Without it, answers agree as texts. None where a correct verdict names no answer: such a grader cannot be voted on.
     """
-    if any(verdict.outcome is Outcome.CORRECT and verdict.answer is None for samples in verdicts for verdict in samples):
+    if any(verdict.outcome is Outcome.CORRECT and not verdict.answer for samples in verdicts for verdict in samples):
         return None
     keys = [[_key(verdict, mathematical=same is not None) for verdict in samples] for samples in verdicts]
     if same is not None:
@@ -102,7 +102,7 @@ def _majority(blocks: np.ndarray, correct: np.ndarray) -> float:
 
 def _key(verdict: Verdict, *, mathematical: bool) -> Hashable:
     """What is equal for answers that need no comparison to be the same; None for no answer."""
-    if verdict.answer is None:
+    if not verdict.answer or not verdict.answer.strip():
         return None
     correct = verdict.outcome is Outcome.CORRECT
     if not mathematical:
@@ -118,7 +118,7 @@ def _frequent_wrong(keys: Sequence[Hashable], verdicts: Sequence[Verdict]) -> li
     """The most frequent wrong answers."""
     texts: dict[Hashable, str] = {}
     for key, verdict in zip(keys, verdicts, strict=True):
-        if verdict.answer is not None and key != _CORRECT:
+        if verdict.answer and key not in (None, _CORRECT):
             texts.setdefault(key, verdict.answer)
     return [_Wrong(key, texts[key], count) for key, count in Counter(key for key in keys if key in texts).most_common(COMPARED)]
 

@@ -6,14 +6,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
+import pytest
 import safetensors.torch
 import torch
-from pyarrow import parquet
 from typer.testing import CliRunner
 
 from megatron_nsr.cli import app
+from megatron_nsr.config import load_config
+from megatron_nsr.evaluator import evaluate
 from megatron_nsr.observability.run_directory import RunDirectory
-from tests.integration.small_run import CONFIGS, Small, finished, start, state, values
+from megatron_nsr.types import UserError
+from tests.integration.small_run import CONFIGS, Small, Started, finished, kill, start, state, values, wait_until
 
 
 def test_supervised_training_lowers_the_loss(small: Small) -> None:
@@ -60,39 +64,60 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
     assert RunDirectory(run).latest.resolve().name == "step_2"
 
 
-def test_a_checkpoint_and_its_export_evaluate_alike_on_boxed_answers(
+def test_a_checkpoint_and_its_export_evaluate_alike_even_after_a_kill(
     small: Small, undisturbed: Callable[[int], Path], benchmark_data: Path, tmp_path: Path
 ) -> None:
     trained, files = RunDirectory(undisturbed(1)), {"MATH": benchmark_data / "math" / "test.parquet", "puzzle": small.data("math_style")}
     overrides = [
         *(f"evaluation.benchmarks.{name}={file}" for name, file in files.items()),
         *("evaluation.limit=50", "evaluation.samples=1", "evaluation.max_response_tokens=16", "evaluation.temperature=0.3"),
-        *("reward.grader=math_verify", "data.max_prompt_tokens=300"),
+        *("reward.grader=math_verify", "data.max_prompt_tokens=300", "evaluation.part_samples=5"),
     ]
-    started = {
-        step: start(
-            ["evaluate", str(CONFIGS / "quickstart.yaml"), f"run.dir={tmp_path / str(step)}", f"model.path={path}", *overrides],
-            tmp_path / f"{step}.log",
-        )
-        for step, path in ((0, trained.hf), (10, trained.checkpoint(10)))
-    }
+    models = {0: trained.hf, 10: trained.checkpoint(10)}
+    evaluations = {step: RunDirectory(tmp_path / str(step)) for step in models}
+
+    def begin(step: int) -> Started:
+        settings = [f"run.dir={evaluations[step].path}", f"model.path={models[step]}", *overrides]
+        return start(["evaluate", str(CONFIGS / "quickstart.yaml"), *settings], tmp_path / f"{step}.log")
+
+    started = {step: begin(step) for step in models}
+    first_part = evaluations[0].generations(0, "MATH") / "part_00000.parquet"
+    wait_until(first_part.is_file, started[0], "the first part was kept")
+    kill(started[0])
+    assert not evaluations[0].evaluation(0).exists()
+    sampled = first_part.stat().st_mtime_ns
+    started[0] = begin(0)
     results = {}
     for step, command in started.items():
         output = finished(command, 0)
         assert "Pass@" in output and "MATH" in output and "written to" in output
-        results[step] = json.loads((tmp_path / str(step) / "eval" / f"step_{step}.json").read_text())
+        results[step] = json.loads(evaluations[step].evaluation(step).read_text())
         assert results[step].pop("step") == step and Path(results[step].pop("model")).name == ("step_10" if step else "hf")
+    assert first_part.stat().st_mtime_ns == sampled
     assert results[0] == results[10]
     math = results[0]["benchmarks"]["MATH"]
     assert 0 < len(math["problems"]) <= 50 and len(math["problems"]) + math["too_long"] == min(50, parquet_rows(benchmark_data))
     assert math["no_verdict"] == 0 and results[0]["heldout_entropy"] > 0
+    assert sum(level["problems"] for level in math["groups"]["level"].values()) == len(math["problems"]) and math["groups"]["type"]
+    puzzle = pyarrow.parquet.ParquetDataset(evaluations[10].generations(10, "puzzle")).read().to_pylist()
+    assert [row["problem_id"] for row in puzzle] == [problem["id"] for problem in results[10]["benchmarks"]["puzzle"]["problems"]]
+    assert {row["weight_version"] for row in puzzle} == {10}
+    with pytest.raises(
+        UserError, match=r"eval/step_0/MATH: holds generations of another evaluation: evaluation\.temperature was 0\.3 and is 0\.4"
+    ):
+        evaluate(
+            load_config(
+                CONFIGS / "quickstart.yaml",
+                [f"run.dir={evaluations[0].path}", f"model.path={models[0]}", *overrides, "evaluation.temperature=0.4"],
+            )
+        )
 
 
 def parquet_rows(benchmark_data: Path) -> int:
-    return int(parquet.ParquetFile(benchmark_data / "math" / "test.parquet").metadata.num_rows)
+    return int(pyarrow.parquet.ParquetFile(benchmark_data / "math" / "test.parquet").metadata.num_rows)
 
 
-def test_score_report_and_doctor(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
+def test_score_report_compare_and_doctor(small: Small, undisturbed: Callable[[int], Path], tmp_path: Path) -> None:
     samples, out, page = tmp_path / "samples.jsonl", tmp_path / "verdicts.jsonl", tmp_path / "report.html"
     rows = [("a", r"\boxed{1/2}", "0.5"), ("a", "no box", "0.5"), ("b", r"\boxed{3}", "4"), ("b", r"\boxed{4}", "4")]
     samples.write_text("".join(json.dumps({"question_id": q, "response": r, "answer": a}) + "\n" for q, r, a in rows))
@@ -103,6 +128,11 @@ def test_score_report_and_doctor(small: Small, undisturbed: Callable[[int], Path
 
     reported = CliRunner().invoke(app, ["report", str(small.base), str(undisturbed(1)), "--out", str(page)])
     assert reported.exit_code == 0 and "puzzle" in page.read_text()
+
+    compared = CliRunner().invoke(
+        app, ["compare", str(undisturbed(1)), "--out", str(tmp_path / "all.csv"), "--plot", str(tmp_path / "a.png")]
+    )
+    assert compared.exit_code == 0 and "step 10" in compared.stdout and "puzzle,all,pass,4," in (tmp_path / "all.csv").read_text()
 
     diagnosed = CliRunner().invoke(app, ["doctor"])
     assert diagnosed.exit_code == 0 and "megatron-core" in diagnosed.stdout

@@ -91,8 +91,8 @@ def evaluate(directory: Path | None, engine: SeedEngine, **evaluation: Any) -> d
 
 
 def sampled(engine: SeedEngine) -> list[list[int]]:
-    """The prompts of each call for Pass@k; the last call is for the entropy."""
-    return [[request.prompt_ids[0] for request in call] for call in engine.asked[:-1]]
+    """The prompts of each call for Pass@k, which alone asks for several responses."""
+    return [[request.prompt_ids[0] for request in call] for call in engine.asked if call[0].n > 1]
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
@@ -108,10 +108,10 @@ def undisturbed(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Path]]:
 def test_generations_are_kept_in_parts(undisturbed: tuple[dict[str, Any], Path]) -> None:
     result, directory = undisturbed
     assert [path.name for path in sorted(directory.iterdir())] == [
+        "_settings.json",
         "part_00000.parquet",
         "part_00001.parquet",
         "part_00002.parquet",
-        "settings.json",
     ]
     kept = rows(directory)
     assert list(kept[0]) == SCHEMA.names
@@ -185,6 +185,6 @@ def test_damage_is_named(undisturbed: tuple[dict[str, Any], Path]) -> None:
     (directory / "part_00001.parquet").unlink()
     with pytest.raises(UserError, match=r"part_00002\.parquet: does not go on with problem 2"):
         evaluate(directory, SeedEngine())
-    (directory / "settings.json").write_text(json.dumps([1]))
+    (directory / "_settings.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match=r"settings\.json: not readable"):
         evaluate(directory, SeedEngine())

@@ -81,10 +81,10 @@ def test_it_is_the_same_each_time() -> None:
 
 
 def test_answers_are_grouped_by_value_and_every_correct_one_is_one_answer() -> None:
-    verdicts = [right("1/2"), wrong("0.25"), right(r"\frac12"), wrong(r"\frac{1}{4}"), wrong(None), LOST, wrong("7")]
+    verdicts = [right("1/2"), wrong("0.25"), right(r"\frac12"), wrong(r"\frac{1}{4}"), wrong(None), LOST, wrong("7"), wrong(" ")]
     votes = count_votes([verdicts], never_same)
     assert votes is not None
-    assert votes[0].labels.tolist() == [0, 1, 0, 1, -1, -1, 2]
+    assert votes[0].labels.tolist() == [0, 1, 0, 1, -1, -1, 2, -1]
     assert votes[0].correct.tolist() == [True, False, False]
 
 
