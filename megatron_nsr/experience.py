@@ -78,8 +78,11 @@ class GradedRollouts:
         groups = rounds[0]
         while len(rounds) < settings.sampling_rounds and not all(group.mixed for group in groups):
             sampled = {group.prompt.id for drawn in rounds for group in drawn}
-            # An epoch's end may bring a prompt for the second time, and its seeds would draw the same responses.
-            rounds.append(self._round([prompt for prompt in next(batches) if prompt.id not in sampled], step, clock))
+            # A new epoch may bring a prompt for the second time, and its seeds would draw the same responses.
+            further = [prompt for prompt in next(batches) if prompt.id not in sampled]
+            if not further:
+                break  # the data has no others
+            rounds.append(self._round(further, step, clock))
             groups = refilled(groups, rounds[-1])
         trajectories = [replace(trajectory, prompt=place) for place, group in enumerate(groups) for trajectory in group.trajectories]
         verdicts = [verdict for group in groups for verdict in group.verdicts]
@@ -101,8 +104,6 @@ class GradedRollouts:
 
     def _round(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> list[Group]:
         samples = self.config.rollout.samples_per_prompt
-        if not prompts:
-            return []
         with clock("rollout"):
             trajectories = self.rollouts.generate(prompts, step=step, samples=samples, sampling=self.sampling, purpose="train")
         with clock("reward"):

@@ -31,6 +31,9 @@ Any field can be set behind the file's name; the last word wins:
   field. Where a number is wanted, an integer will do.
 - `RUN/config.yaml` holds the resolved configuration, defaults included; it is itself a valid configuration file.
 
+`objective.name` and `objective.preset` bring defaults of their own for some fields ([objectives.md](objectives.md)); what is given wins.
+A field of `objective` that the objective does not read is an error unless it has its default.
+
 Checked over several fields: `objective.mini_batch_prompts` divides `data.prompts_per_step` (supervised runs apart);
 `parallel.virtual_pipeline` above 1 needs `parallel.pipeline` above 1; `parallel.sequence` needs `parallel.tensor` above 1;
 `optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `rollout.mode=server` needs `rollout.servers`, and

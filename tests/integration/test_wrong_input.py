@@ -58,6 +58,11 @@ OVERRIDES = {
     "missing model": (["model.path=nowhere"], "model.path=nowhere: no such directory; give a Hugging Face model's directory"),
     "unknown objective": (["objective.name=nrs"], "objective.name='nrs': choose one of psr, nsr"),
     "objective nowhere": (["objective.name=nowhere:Mine"], "objective.name='nowhere:Mine': cannot import nowhere"),
+    "NSR before an own loss": (
+        ["objective.name=examples.own_objective:SequenceRatio", "objective.nsr_steps=2"],
+        "objective.nsr_steps=2: objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
+    ),
+    "a field of another objective": (["objective.lambda=0.3"], "objective.lambda=0.3: only name=w_reinforce reads it, and name is nsr"),
     "a clip for an own loss": (
         ["objective.name=examples.own_objective:SequenceRatio", "objective.dual_clip=3.0"],
         "objective.dual_clip=3.0: objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",

@@ -97,10 +97,16 @@ def test_the_metrics_are_of_all_that_was_sampled() -> None:
     assert found.metrics["rollout/rounds"] == 2
 
 
-def test_a_prompt_that_an_epoch_s_end_brings_again_is_not_sampled_twice() -> None:
-    found, rollouts = collect(["a:++ b:--", "b:-- a:++", "b:-- c:+-"], sampling_rounds=3)
-    assert rollouts.asked == [["a", "b"], ["c"]] and found.prompt_batches == 3
+def test_a_prompt_that_a_new_epoch_brings_again_is_not_sampled_twice() -> None:
+    found, rollouts = collect(["a:++ b:--", "b:-- c:+-", "d:+- e:+-"], sampling_rounds=2)
+    assert rollouts.asked == [["a", "b"], ["c"]] and found.prompt_batches == 2
     assert [prompt.id for prompt in found.prompts] == ["c", "b"]
+
+
+def test_data_that_has_no_other_prompts_end_the_rounds() -> None:
+    found, rollouts = collect(["a:++ b:--", "b:-- a:++", "c:+- d:+-"], sampling_rounds=3)
+    assert rollouts.asked == [["a", "b"]] and found.prompt_batches == 1  # the second batch is left for the next step
+    assert [prompt.id for prompt in found.prompts] == ["a", "b"]
 
 
 def test_the_step_decides_the_objective() -> None:
