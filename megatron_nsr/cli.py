@@ -127,7 +127,8 @@ def report(
     def work() -> int:
         from megatron_nsr.evaluation.report import write_report
 
-        write_report(runs, out)
+        for line in write_report(runs, out):
+            typer.echo(f"missing: {line}", err=True)
         typer.echo(f"report: {out}")
         return DONE
 

@@ -1,4 +1,4 @@
-"""Reads what a report needs from run directories, and the Pass@k bands and differences computed from it.
+"""Reads what a report needs from run directories, whatever state they are in, and computes Pass@k bands and differences from it.
 
 May import: observability, types and numpy.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -25,6 +25,8 @@ from megatron_nsr.observability.samples import SampleRow, read_samples
 from megatron_nsr.observability.state import RunState, read_state
 from megatron_nsr.types import UserError
 
+T = TypeVar("T")
+SUPERVISED = "supervised"  # the objective that samples nothing while it trains
 RESAMPLES = 1000
 BOOTSTRAP_SEED = 20250601
 CHUNK = 100  # resamples drawn at once: [CHUNK, problems] counts live in memory
@@ -32,8 +34,9 @@ CHUNK = 100  # resamples drawn at once: [CHUNK, problems] counts live in memory
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Pass@k of one benchmark. ids, correct, total: one entry a problem."""
+    """Pass@k of one benchmark. n: samples a problem, 0 where unknown; ids, correct, total: one entry a problem."""
 
+    n: int
     pass_at_k: Mapping[int, float]
     ids: tuple[str, ...]
     correct: tuple[int, ...]
@@ -60,7 +63,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything of a run that a report shows. config: dotted keys; samples: the last kept step's."""
+    """Everything of a run that a report shows. config: dotted keys; samples: the last kept step's; damaged: messages of files left out."""
 
     name: str
     run: RunDirectory
@@ -70,6 +73,7 @@ class RunData:
     samples: Sequence[SampleRow]
     environment: Mapping[str, Any] | None
     state: RunState | None
+    damaged: Sequence[str]
 
     @property
     def objective(self) -> str:
@@ -90,6 +94,11 @@ class RunData:
         found = [evaluation.heldout_entropy for evaluation in self.evaluations if evaluation.heldout_entropy is not None]
         return found[-1] if found else None
 
+    @property
+    def missing(self) -> list[str]:
+        """A line for everything that a complete run has and this one has not."""
+        return [*self.damaged, *_lacks(self)]
+
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and finite."""
         points = [(record["step"], record[name]) for record in self.metrics if record.get(name) is not None]
@@ -97,9 +106,9 @@ class RunData:
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Reads run directories in the given order.
+    """Reads run directories in the given order. A file that is absent or damaged is left out; `RunData.missing` says so.
 
-    Raises UserError naming the argument that is missing or no run, or the file that cannot be read.
+    Raises UserError naming the argument that is missing or no run, or whose config cannot be read.
     """
     if not paths:
         raise UserError("report: no run given; name at least one run directory")
@@ -160,17 +169,51 @@ def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _load_run(path: Path, name: str) -> RunData:
     run = RunDirectory(path)
-    sample_steps = run.sample_steps()
+    damaged: list[str] = []
+
+    def attempt(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except UserError as error:
+            damaged.append(str(error).replace(f"{path}/", ""))
+            return None
+
+    evaluations = [attempt(partial(_read_evaluation, run.evaluation(step))) for step in run.evaluation_steps()]
+    samples = (attempt(partial(read_samples, run.samples(step))) for step in reversed(run.sample_steps()))
     return RunData(
         name=name,
         run=run,
         config=_read_config(run.config),
-        metrics=read_metrics(run.metrics),
-        evaluations=[_read_evaluation(run.evaluation(step)) for step in run.evaluation_steps()],
-        samples=read_samples(run.samples(sample_steps[-1])) if sample_steps else [],
-        environment=_read_object(run.environment) if run.environment.is_file() else None,
-        state=read_state(run),
+        metrics=attempt(partial(read_metrics, run.metrics)) or [],
+        evaluations=[evaluation for evaluation in evaluations if evaluation is not None],
+        samples=next((rows for rows in samples if rows), []),
+        environment=attempt(partial(_read_object, run.environment)) if run.environment.is_file() else None,
+        state=attempt(partial(read_state, run)),
+        damaged=damaged,
     )
+
+
+def _lacks(run: RunData) -> list[str]:
+    lines = []
+    if run.state is not None and run.state.status != "done":
+        reason = f": {run.state.reason}" if run.state.reason else ""
+        lines.append(f"{run.state.status} at step {run.state.step} of {run.config.get('run.steps', 'an unknown number')}{reason}")
+    if not run.metrics:
+        lines.append("no training step (metrics.jsonl)")
+    if not run.evaluations:
+        lines.append("no evaluation (eval/step_N.json)")
+    elif run.steps > run.evaluations[-1].step > 0:
+        lines.append(f"last evaluated at step {run.evaluations[-1].step} of the {run.steps} done")
+    lines += [f"no counts per problem for {name}, hence no interval" for name in benchmark_names([run]) if not _counted(run.final(name))]
+    if run.metrics and not run.samples and run.objective != SUPERVISED:
+        lines.append("no responses to read (samples/step_N.parquet)")
+    if run.environment is None:
+        lines.append("no versions (environment.json)")
+    return lines
+
+
+def _counted(result: BenchmarkResult | None) -> bool:
+    return result is not None and bool(result.ids)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -196,6 +239,7 @@ def _read_evaluation(path: Path) -> EvaluationResult:
 def _parse_benchmark(content: Mapping[str, Any]) -> BenchmarkResult:
     problems = content.get("problems", [])
     return BenchmarkResult(
+        n=int(content.get("n") or 0),
         pass_at_k={int(k): value for k, value in sorted(content["pass_at_k"].items(), key=lambda item: int(item[0]))},
         ids=tuple(str(problem["id"]) for problem in problems),
         correct=tuple(int(problem["correct"]) for problem in problems),

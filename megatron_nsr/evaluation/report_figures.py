@@ -1,4 +1,4 @@
-"""The figures of a report: which numbers of the runs each one shows, with its legend and caption.
+"""The figures of a report on held-out problems and on time: which numbers of the runs each one shows, and its caption.
 
 May import: observability.
 """
@@ -10,72 +10,74 @@ from dataclasses import dataclass, replace
 
 from matplotlib.figure import Figure
 
-from megatron_nsr.evaluation.report_data import RunData, benchmark_names, bootstrap_band
+from megatron_nsr.evaluation.report_data import BenchmarkResult, RunData, benchmark_names, bootstrap_band, difference_interval
 from megatron_nsr.observability.metrics import METRICS
-from megatron_nsr.observability.plots import Line, Scale, bars_figure, color_of, line_figure, panels_figure, stacked_bars_figure, to_svg
-
-SUPERVISED_LOSS = "supervised/loss"
-# title, y label, scale of y, metrics: the second of a pair is dashed.
-TRAINING_FIGURES: tuple[tuple[str, str, Scale, tuple[str, ...]], ...] = (
-    ("Supervised loss", "nats a token", "linear", (SUPERVISED_LOSS,)),
-    ("Correct responses", "ratio", "linear", ("reward/correct_ratio",)),
-    ("Fully solved prompts", "ratio", "linear", ("reward/fully_solved_ratio",)),
-    ("Policy entropy", "nats a token", "linear", ("policy/entropy",)),
-    ("Loss by sign", "nats", "linear", ("policy/loss_psr", "policy/loss_nsr")),
-    ("Clip fraction by sign", "ratio", "linear", ("policy/clip_fraction_psr", "policy/clip_fraction_nsr")),
-    ("Log-prob gap, engine to policy", "nats", "log", ("rollout/logprob_gap_mean", "rollout/logprob_gap_max")),
-    ("Response length", "tokens", "linear", ("rollout/response_tokens_mean",)),
+from megatron_nsr.observability.plots import (
+    WIDE,
+    Line,
+    Scale,
+    bars_figure,
+    color_of,
+    css_color,
+    line_figure,
+    marker_of,
+    panels_figure,
+    smoothing_window,
+    stacked_bars_figure,
+    to_svg,
 )
-PHASES = ("rollout", "reward", "old_logprobs", "update", "weight_sync", "eval", "checkpoint", "other")
+
+PHASES = tuple(name for name in METRICS if name.startswith("time/") and name != "time/step_s")
 LEVELS = "A run evaluated once is drawn as a level."
-SIGN_LABELS = {"_psr": "correct", "_nsr": "wrong", "_mean": "mean", "_max": "largest"}
+INTERVALS = "95 % intervals by bootstrap over problems"
 
 
 @dataclass(frozen=True)
 class LegendEntry:
     label: str
-    color: str
-    style: str = "solid"  # CSS: solid or dashed
+    color: str  # CSS
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure of the page. svg: trusted markup made by matplotlib; everything else is text."""
+    """One figure of the page. svg, and wide for a place of two columns: trusted markup made by matplotlib; everything else is text.
+
+    legend: of colours that do not stand for runs; those of the runs have one legend a section.
+    """
 
     title: str
     caption: str
     svg: str
-    legend: tuple[LegendEntry, ...]
+    wide: str = ""
+    legend: tuple[LegendEntry, ...] = ()
 
 
-def evaluation_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
-    """Pass@k of every benchmark, its way over the steps, and held-out entropy, each where there is something to draw."""
-    figures = []
-    for benchmark in benchmark_names(runs):
-        lines = pass_at_k_lines(runs, benchmark)
-        title = f"Pass@k on {benchmark}"
-        caption = "Last evaluation of each run; bands are 95 % bootstrap intervals over problems."
-        figures.append(_line_panel(title, caption, lines, x_label="k", y_label="Pass@k", x_scale="log2"))
-    for benchmark in benchmark_names(runs):
-        figures += _pass_over_steps(runs, benchmark)
-    return figures + _heldout_entropy(runs)
+def pass_at_k_figures(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
+    """Pass@k against k, its difference to the first run, and its way over the steps, each where there is something to draw."""
+    lines = pass_at_k_lines(runs, benchmark)
+    caption = f"Last evaluation of each run: {_counts(runs, benchmark)}. Bands are {INTERVALS}; k is on a log2 axis."
+    curve = line_panel(f"Pass@k on {benchmark}", caption, lines, x_label="k", y_label="Pass@k, %", x_scale="log2", wide=True)
+    return [curve, *_differences(runs, benchmark), *_pass_over_steps(runs, benchmark)]
 
 
-def training_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
-    """The training curves that any of the runs logged. Steps of supervised and of reinforcement learning share no axis."""
-    reinforced = [run.name for run in runs if not run.curve(SUPERVISED_LOSS)[0]] or [run.name for run in runs]
-    figures = []
-    for title, unit, scale, metrics in TRAINING_FIGURES:
-        lines = []
-        for index, run in enumerate(runs):
-            for position, metric in enumerate(metrics):
-                x, y = run.curve(metric)
-                if x and (metric == SUPERVISED_LOSS or run.name in reinforced):
-                    lines.append(Line(_curve_label(run.name, metric, metrics), x, y, color_of(index), dashed=position > 0))
-        if lines:
-            caption = "; ".join(f"{metric}: {METRICS[metric]}" for metric in metrics) + "."
-            figures.append(_line_panel(title, caption, lines, x_label="training step", y_label=unit, y_scale=scale))
-    return figures
+def heldout_entropy_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """Held-out entropy against steps, or as bars where every run was evaluated once; empty without any."""
+    curves = []
+    for index, run in enumerate(runs):
+        points = [(evaluation.step, evaluation.heldout_entropy) for evaluation in run.evaluations if evaluation.heldout_entropy is not None]
+        if points:
+            curves.append(run_line(index, run.name, [step for step, _ in points], [value for _, value in points]))
+    if not curves:
+        return []
+    caption = f"heldout/entropy: {METRICS['heldout/entropy']}."
+    lines = _level_single_points(curves)
+    if lines:
+        return [line_panel("Held-out entropy", f"{caption} {LEVELS}", lines, x_label="training step", y_label="nats a token")]
+    figure = bars_figure(
+        [line.label for line in curves], [line.y[0] for line in curves], [line.color for line in curves], x_label="nats a token"
+    )
+    alt = "Bars of held-out entropy: " + ", ".join(f"{line.label} {line.y[0]:.3g}" for line in curves)
+    return [ReportFigure("Held-out entropy", caption, to_svg(figure, alt))]
 
 
 def time_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
@@ -87,36 +89,79 @@ def time_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
     parts = {phase: [_mean_seconds(run, phase) for run in timed] for phase in phases}
     figure = stacked_bars_figure([run.name for run in timed], parts, x_label="seconds a step, mean over the run")
     totals = ", ".join(f"{run.name} {sum(_mean_seconds(run, phase) for phase in phases):.3g} s" for run in timed)
-    legend = tuple(LegendEntry(phase.replace("_", " "), color_of(index)) for index, phase in enumerate(phases))
-    caption = "Wall time by phase; evaluation and checkpoints are spread over all steps."
-    return [ReportFigure("Time of a step", caption, to_svg(figure, f"Bars of the mean time of a step by phase: {totals}"), legend)]
+    names = [phase.removeprefix("time/").removesuffix("_s").replace("_", " ") for phase in phases]
+    legend = tuple(LegendEntry(name, css_color(color_of(index))) for index, name in enumerate(names))
+    caption = f"Wall time by phase, in all: {totals}. Evaluation and checkpoints are spread over all steps."
+    return [ReportFigure("Time of a step", caption, to_svg(figure, f"Bars of the mean time of a step by phase: {totals}"), legend=legend)]
 
 
 def pass_at_k_lines(runs: Sequence[RunData], benchmark: str) -> list[Line]:
-    """Each run's last Pass@k curve on a benchmark, with its bootstrap band where counts per problem are there."""
+    """Each run's last Pass@k curve on a benchmark in percent, with its band where counts per problem are there."""
     lines = []
     for index, run in enumerate(runs):
         result = run.final(benchmark)
         if result is None or not result.pass_at_k:
             continue
-        low, high = bootstrap_band(result) if result.ids else (None, None)
-        lines.append(
-            Line(
-                run.name,
-                list(result.pass_at_k),
-                list(result.pass_at_k.values()),
-                color_of(index),
-                low=None if low is None else low.tolist(),
-                high=None if high is None else high.tolist(),
-            )
-        )
+        line = run_line(index, run.name, list(result.pass_at_k), [100 * value for value in result.pass_at_k.values()])
+        if result.ids:
+            low, high = bootstrap_band(result)
+            line = replace(line, low=(100 * low).tolist(), high=(100 * high).tolist())
+        lines.append(line)
     return lines
 
 
 def pass_at_k_picture(runs: Sequence[RunData]) -> Figure:
     """The Pass@k curves of every benchmark as one matplotlib figure with its own legend."""
     panels = {benchmark: pass_at_k_lines(runs, benchmark) for benchmark in benchmark_names(runs)}
-    return panels_figure(panels, x_label="k", y_label="Pass@k", x_scale="log2")
+    return panels_figure(panels, x_label="k", y_label="Pass@k, %", x_scale="log2")
+
+
+def run_line(index: int, label: str, x: Sequence[float], y: Sequence[float], *, dashed: bool = False) -> Line:
+    """A line in the colour and with the marker of the index-th run."""
+    return Line(label, x, y, color_of(index), marker_of(index), dashed=dashed)
+
+
+def line_panel(
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    x_scale: Scale = "linear",
+    y_scale: Scale = "linear",
+    wide: bool = False,
+    zero: bool = False,
+) -> ReportFigure:
+    """A figure of lines whose description names where each one ends."""
+    ends = ", ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
+    alt = f"{title}: {y_label} against {x_label}; {ends}"
+    window = smoothing_window(lines)
+    if window > 1:
+        caption += f" Thin: every value; thick: running mean of {window}."
+
+    def draw(**size: tuple[float, float]) -> str:
+        return to_svg(line_figure(lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale, zero=zero, **size), alt)
+
+    return ReportFigure(title, caption, draw(), draw(size=WIDE) if wide else "")
+
+
+def _differences(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
+    """Pass@k less the first run's, in points, of the runs that were evaluated on the same problems."""
+    base = runs[0].final(benchmark)
+    lines = []
+    for index, run in enumerate(runs[1:], start=1):
+        result = run.final(benchmark)
+        intervals = difference_interval(result, base) if result and base else {}
+        if result and base and intervals:
+            values = [100 * (result.pass_at_k[k] - base.pass_at_k[k]) for k in intervals]
+            low, high = ([100 * interval[side] for interval in intervals.values()] for side in (0, 1))
+            lines.append(replace(run_line(index, run.name, list(intervals), values), low=low, high=high))
+    if not lines:
+        return []
+    title = f"{benchmark}: difference to {runs[0].name}"
+    caption = f"Pass@k less that of {runs[0].name}, in percentage points. Bands are {INTERVALS}, paired: one without 0 is a difference."
+    return [line_panel(title, caption, lines, x_label="k", y_label="points", x_scale="log2", zero=True)]
 
 
 def _pass_over_steps(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
@@ -131,33 +176,14 @@ def _pass_over_steps(runs: Sequence[RunData], benchmark: str) -> list[ReportFigu
             continue
         steps, largest = [step for step, _ in results], max(results[-1][1].pass_at_k)
         for k, dashed in ((1, False), (largest, True)):
-            values = [result.pass_at_k.get(k, float("nan")) for _, result in results]
-            curves.append(Line(f"{run.name}, k = {k}", steps, values, color_of(index), dashed=dashed))
+            values = [100 * result.pass_at_k.get(k, float("nan")) for _, result in results]
+            curves.append(run_line(index, f"{run.name}, k = {k}", steps, values, dashed=dashed))
     lines = _level_single_points(curves)
     if not lines:
         return []
-    caption = f"Pass@1 (solid) and Pass@k at the largest k (dashed). {LEVELS}"
-    return [_line_panel(f"{benchmark} over training", caption, lines, x_label="training step", y_label="Pass@k")]
-
-
-def _heldout_entropy(runs: Sequence[RunData]) -> list[ReportFigure]:
-    """Held-out entropy against steps, or as bars where every run was evaluated once."""
-    curves = []
-    for index, run in enumerate(runs):
-        points = [(evaluation.step, evaluation.heldout_entropy) for evaluation in run.evaluations if evaluation.heldout_entropy is not None]
-        if points:
-            curves.append(Line(run.name, [step for step, _ in points], [value for _, value in points], color_of(index)))
-    if not curves:
-        return []
-    caption = f"heldout/entropy: {METRICS['heldout/entropy']}."
-    lines = _level_single_points(curves)
-    if lines:
-        return [_line_panel("Held-out entropy", f"{caption} {LEVELS}", lines, x_label="training step", y_label="nats a token")]
-    figure = bars_figure(
-        [line.label for line in curves], [line.y[0] for line in curves], [line.color for line in curves], x_label="nats a token"
-    )
-    alt = "Bars of held-out entropy: " + ", ".join(f"{line.label} {line.y[0]:.3g}" for line in curves)
-    return [ReportFigure("Held-out entropy", caption, to_svg(figure, alt), ())]
+    largest_ks = sorted({label for line in lines if line.dashed for label in [line.label.rpartition("k = ")[2]]}, key=int)
+    caption = f"Solid: k = 1; dashed: k = {' or '.join(largest_ks)}. {LEVELS}"
+    return [line_panel(f"{benchmark} over training", caption, lines, x_label="training step", y_label="Pass@k, %")]
 
 
 def _level_single_points(curves: Sequence[Line]) -> list[Line]:
@@ -172,22 +198,20 @@ def _level_single_points(curves: Sequence[Line]) -> list[Line]:
     return [curve if len(curve.x) > 1 else replace(curve, x=ends, y=[curve.y[0]] * 2) for curve in curves]
 
 
-def _line_panel(
-    title: str, caption: str, lines: Sequence[Line], *, x_label: str, y_label: str, x_scale: Scale = "linear", y_scale: Scale = "linear"
-) -> ReportFigure:
-    figure = line_figure(lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
-    ends = ", ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
-    legend = tuple(LegendEntry(line.label, line.color, "dashed" if line.dashed else "solid") for line in lines)
-    return ReportFigure(title, caption, to_svg(figure, f"{title}: {y_label} against {x_label}; {ends}"), legend)
+def _counts(runs: Sequence[RunData], benchmark: str) -> str:
+    """`100 problems, n = 64 samples each`, run by run where they differ."""
+    counts = {run.name: _count(result) for run in runs if (result := run.final(benchmark))}
+    if len(set(counts.values())) == 1:
+        return next(iter(counts.values()))
+    return "; ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _curve_label(run: str, metric: str, metrics: Sequence[str]) -> str:
-    if len(metrics) == 1:
-        return run
-    return next(f"{run}, {label}" for suffix, label in SIGN_LABELS.items() if metric.endswith(suffix))
+def _count(result: BenchmarkResult) -> str:
+    samples = " to ".join(str(n) for n in sorted({min(result.total), max(result.total)})) if result.total else str(result.n or "unknown")
+    return f"{len(result.ids) or 'unknown'} problems, n = {samples} samples each"
 
 
 def _mean_seconds(run: RunData, phase: str) -> float:
     """Seconds of a phase over all steps of the run: one that runs at some steps only counts as nothing at the others."""
-    _, seconds = run.curve(f"time/{phase}_s")
+    _, seconds = run.curve(phase)
     return sum(seconds) / len(run.metrics) if run.metrics else 0.0

@@ -1,4 +1,4 @@
-"""Figures of plain numbers as inline SVG or PNG: lines with bands, and stacked bars.
+"""Figures of plain numbers as inline SVG that follows the page's light or dark theme, or PNG: lines with bands, and bars.
 
 May import: matplotlib and numpy.
 """
@@ -21,25 +21,40 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from megatron_nsr.observability.run_directory import replacing
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too faint on white.
-PALETTE = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b4fa3")
-INK, FAINT = "#3c434c", "#dfe3e8"
+# (light page, dark page). Okabe and Ito's hues, which colour-blind readers can tell apart, each dark or light enough for its page.
+PALETTE = (
+    ("#4d4d4d", "#c4c9d0"),
+    ("#0072b2", "#4aa8e8"),
+    ("#d55e00", "#ff8a3d"),
+    ("#00875f", "#35c795"),
+    ("#b8528c", "#ee9cc8"),
+    ("#a87400", "#f0bd3e"),
+    ("#3f8fc4", "#9bd8ff"),
+    ("#7b4fa3", "#bb94e6"),
+)
+INK, FAINT = ("#3c434c", "#c9d0d8"), ("#dfe3e8", "#333c47")
+THEME = {light: f"--series-{index}" for index, (light, _) in enumerate(PALETTE)} | {INK[0]: "--axis", FAINT[0]: "--grid"}
+# One fewer than colours, so that 56 lines differ in one or the other; and what a legend shows for each.
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and drawn in the page's font
     "text.parse_math": False,  # a run may be called a_$b$
     "font.size": 11,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    "axes.edgecolor": INK[0],
+    "axes.labelcolor": INK[0],
+    "text.color": INK[0],
+    "xtick.color": INK[0],
+    "ytick.color": INK[0],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": FAINT,
+    "grid.color": FAINT[0],
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-MARKED_POINTS = 12  # shorter lines also show their points: a line of one point would be invisible
+MARKED_POINTS = 12  # shorter lines show all their points, longer ones about half as many
+SMOOTHED_POINTS = 40  # longer lines are noise at this size: they are drawn thin, with a running mean over a 20th of them
+PANEL, WIDE = (4.6, 2.9), (9.4, 4.3)  # inches; a page shows them in one and in two of its columns, so that text has one size
 
 Scale = Literal["linear", "log2", "log"]
 
@@ -52,25 +67,64 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     color: str
+    marker: str = "o"
     dashed: bool = False
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
 
 
 def color_of(index: int) -> str:
-    """The colour of the index-th thing compared, the same in every figure."""
-    return PALETTE[index % len(PALETTE)]
+    """The colour of the index-th thing compared, on a light page and the same in every figure."""
+    return PALETTE[index % len(PALETTE)][0]
+
+
+def marker_of(index: int) -> str:
+    """The marker of the index-th thing compared: a line can be told without its colour."""
+    return list(MARKERS)[index % len(MARKERS)]
+
+
+def css_color(color: str) -> str:
+    """A colour of the light page as CSS that follows the page's theme; any other colour as it is."""
+    return f"var({THEME[color]}, {color})" if color in THEME else color
+
+
+def theme_variables(dark: bool) -> dict[str, str]:
+    """The CSS custom properties that a page with `to_svg`'s figures has to set, and their colours."""
+    return {name: color[dark] for name, color in zip(THEME.values(), (*PALETTE, INK, FAINT), strict=True)}
+
+
+def smoothing_window(lines: Sequence[Line]) -> int:
+    """Values that a figure of these lines averages over, odd; 1 where it draws them as they are."""
+    longest = max((len(line.x) for line in lines), default=0)
+    return longest // 20 | 1 if longest > SMOOTHED_POINTS else 1
+
+
+def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
+    """The mean of the `window` values around each one, of fewer at the ends; NaN counts as absent. float64 [values]."""
+    padded = np.pad(np.asarray(values, dtype=float), window // 2, constant_values=np.nan)
+    around = np.lib.stride_tricks.sliding_window_view(padded, window)
+    known = np.isfinite(around)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, around, 0).sum(axis=1) / known.sum(axis=1)
 
 
 def line_figure(
-    lines: Sequence[Line], *, x_label: str, y_label: str, x_scale: Scale = "linear", y_scale: Scale = "linear", legend: bool = False
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    x_scale: Scale = "linear",
+    y_scale: Scale = "linear",
+    size: tuple[float, float] = PANEL,
+    zero: bool = False,
 ) -> Figure:
-    """Curves in one axes; values that are not finite, or not positive on a log axis, leave a gap."""
+    """Curves in one axes; values that are not finite, or not positive on a log axis, leave a gap. zero: marks y = 0."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.0, 3.0), layout="constrained")
-        draw_lines(figure.subplots(), lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
-        if legend:
-            _legend_below(figure)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        if zero:
+            axes.axhline(0, color=INK[0], linewidth=1)
+        draw_lines(axes, lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
     return figure
 
 
@@ -80,7 +134,7 @@ def panels_figure(panels: Mapping[str, Sequence[Line]], *, x_label: str, y_label
         figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             draw_lines(axes, lines, x_label=x_label, y_label=y_label, x_scale=x_scale)
-            axes.set_title(title, color=INK, fontsize=12)
+            axes.set_title(title, color=INK[0], fontsize=12)
         _legend_below(figure)
     return figure
 
@@ -88,22 +142,25 @@ def panels_figure(panels: Mapping[str, Sequence[Line]], *, x_label: str, y_label
 def draw_lines(
     axes: Axes, lines: Sequence[Line], *, x_label: str, y_label: str, x_scale: Scale = "linear", y_scale: Scale = "linear"
 ) -> None:
-    """Draws the curves and their bands and names the axes."""
-    for line in lines:
+    """Draws the curves, long ones with their running mean, and their bands, and names the axes."""
+    window = smoothing_window(lines)
+    for index, line in enumerate(lines):
         y = np.asarray(line.y, dtype=float)
-        marker = "o" if len(y) <= MARKED_POINTS else None
+        if window > 1:
+            axes.plot(line.x, y, color=line.color, linewidth=0.6, alpha=0.28)
         axes.plot(
             line.x,
-            y,
+            running_mean(y, window),
             color=line.color,
-            linestyle="--" if line.dashed else "-",
-            marker=marker,
-            markersize=3.5,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            marker=line.marker,
+            markevery=_marked(len(y), index),
+            markersize=4,
             linewidth=1.7,
             label=line.label,
         )
         if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.11, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.13, linewidth=0)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _scale_x(axes, x_scale, sorted({x for line in lines for x in line.x}))
@@ -131,16 +188,19 @@ def stacked_bars_figure(labels: Sequence[str], parts: Mapping[str, Sequence[floa
 
 
 def to_svg(figure: Figure, alt: str) -> str:
-    """The figure as an <svg> element to put into a page, with `alt` for those who cannot see it."""
+    """The figure as an <svg> element to put into a page that sets `theme_variables`, with `alt` for those who cannot see it."""
     buffer = io.StringIO()
     # The salt makes ids the same from run to run, and different from one figure of a page to the next.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": alt}):
+    salt = f"{alt} {figure.get_size_inches()}"
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML declaration and the DTD, which names an external resource
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # group names repeat from figure to figure; ids must be unique in a page
     svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg, count=2)  # the page decides; the viewBox keeps the shape
+    svg = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)  # a hundredth of a point is enough
+    svg = re.sub(r'(?<= style=")[^"]*', lambda style: re.sub("#[0-9a-f]{6}", lambda color: css_color(color[0]), style[0]), svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
@@ -150,8 +210,14 @@ def write_png(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white")
 
 
+def _marked(points: int, index: int) -> tuple[int, int]:
+    """(first, every): which points carry a marker; those of neighbouring lines are not at the same x."""
+    every = max(1, -(-2 * points // MARKED_POINTS)) if points > MARKED_POINTS else 1
+    return (index * every // 3 % every, every)
+
+
 def _bar_axes(labels: Sequence[str], x_label: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.0, 1.1 + 0.42 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(PANEL[0], 0.9 + 0.34 * len(labels)), layout="constrained")
     axes = figure.subplots()
     axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels])
     axes.invert_yaxis()

@@ -1,0 +1,128 @@
+"""The panels of a report that show metrics.jsonl against the training step: learning, the two signs, and everything else.
+
+May import: observability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_nsr.evaluation.report_data import SUPERVISED, RunData
+from megatron_nsr.evaluation.report_figures import PHASES, ReportFigure, line_panel, run_line
+from megatron_nsr.observability.metrics import METRICS, metric_meaning
+from megatron_nsr.observability.plots import Line, Scale
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Metrics that share an axis. roles: what a solid and a dashed line stand for, where there are two metrics."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    scale: Scale = "linear"
+    roles: tuple[str, ...] = ()
+
+
+SHARE, NATS = "share, 0 to 1", "nats a token"
+LEARNING = (
+    Panel("Correct responses", SHARE, ("reward/correct_ratio",)),
+    Panel("Fully solved prompts", SHARE, ("reward/fully_solved_ratio",)),
+    Panel("Never solved prompts", SHARE, ("reward/never_solved_ratio",)),
+    Panel("Policy entropy", NATS, ("policy/entropy",)),
+    Panel("Response length", "tokens", ("rollout/response_tokens_mean",)),
+    Panel("Supervised loss", NATS, ("supervised/loss",)),
+)
+ENGINE = (
+    Panel("Log-prob gap, engine to policy", "nats", ("rollout/logprob_gap_mean", "rollout/logprob_gap_max"), "log", ("mean", "largest")),
+    Panel("Gradient norm", "norm before clipping", ("policy/grad_norm",)),
+    Panel("Responses trained on", SHARE, ("policy/kept_ratio",)),
+)
+SPEED = (
+    Panel("Speed", "tokens a second", ("perf/tokens_per_s",)),
+    Panel("Step time", "seconds", ("time/step_s",)),
+)
+# Of a metric with a value for each sign: title and unit. One that is not named here has its own name as title.
+SIGNS = ("_psr", "_nsr")
+SIGN_TITLES = {
+    "policy/loss": ("Loss", "nats"),
+    "policy/clip_fraction": ("Clip fraction", "share of tokens, 0 to 1"),
+    "policy/logprob": ("Log-prob", NATS),
+    "policy/entropy": ("Entropy", NATS),
+    "policy/grad_norm_head": ("Gradient norm at the head", "norm"),
+    "policy/grad_norm": ("Whole gradient's norm", "norm"),
+}
+
+
+def learning_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """How the responses and the policy's entropy change."""
+    return _figures(runs, LEARNING)
+
+
+def sign_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """Every registered metric that is told apart by the sign of the reward: correct responses solid, wrong ones dashed."""
+    stems = dict.fromkeys(name[: -len(sign)] for name in METRICS for sign in SIGNS if name.endswith(sign))
+    panels = []
+    for stem in stems:
+        title, unit = SIGN_TITLES.get(stem, (stem, "value"))
+        names = tuple(stem + sign for sign in SIGNS)
+        panels.append(Panel(title, unit, names, roles=("correct responses", "wrong ones")))
+    return _figures(runs, panels)
+
+
+def engine_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """What says whether the run is healthy."""
+    return _figures(runs, ENGINE)
+
+
+def speed_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """How fast it went."""
+    return _figures(runs, SPEED)
+
+
+def other_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
+    """A panel for each logged metric that no other figure of the page shows."""
+    shown = {name for panel in (*LEARNING, *ENGINE, *SPEED) for name in panel.metrics} | set(PHASES) | {"heldout/entropy"}
+    names = [name for name in logged_metrics(runs) if name not in shown and not name.endswith(SIGNS) and "/pass@" not in name]
+    return _figures(runs, [Panel(name, "value", (name,)) for name in names])
+
+
+def logged_metrics(runs: Sequence[RunData]) -> list[str]:
+    """Names of all metrics with a value, in the registry's order, then those it does not know."""
+    logged = {name: None for run in runs for record in run.metrics for name, value in record.items() if value is not None}
+    logged.pop("step", None)
+    known = [name for name in METRICS if name in logged]
+    return known + [name for name in logged if name not in METRICS]
+
+
+def _figures(runs: Sequence[RunData], panels: Iterable[Panel]) -> list[ReportFigure]:
+    # Steps of supervised and of reinforcement learning share no axis, unless there are only the former.
+    reinforced = {run.name for run in runs if run.objective != SUPERVISED} or {run.name for run in runs}
+    figures = []
+    for panel in panels:
+        lines = _lines(runs, panel, None if panel.metrics == ("supervised/loss",) else reinforced)
+        if lines:
+            figures.append(
+                line_panel(panel.title, _caption(panel), lines, x_label="training step", y_label=panel.unit, y_scale=panel.scale)
+            )
+    return figures
+
+
+def _lines(runs: Sequence[RunData], panel: Panel, names: set[str] | None) -> list[Line]:
+    """The panel's lines of the runs of these names, or of all."""
+    lines = []
+    for index, run in enumerate(runs):
+        for position, metric in enumerate(panel.metrics):
+            x, y = run.curve(metric)
+            if x and (names is None or run.name in names):
+                label = f"{run.name}, {panel.roles[position]}" if panel.roles else run.name
+                lines.append(run_line(index, label, x, y, dashed=position > 0))
+    return lines
+
+
+def _caption(panel: Panel) -> str:
+    """What the metrics mean; of two, which differ in one word, the first that the registry has stands for both."""
+    meanings = [f"{metric}: {metric_meaning(metric)}" for metric in panel.metrics if metric_meaning(metric)]
+    lines = f"Solid: {panel.roles[0]}; dashed: {panel.roles[1]}. " if panel.roles else ""
+    return f"{lines}{meanings[0]}." if meanings else f"{panel.metrics[0]}: not a metric of this version."
