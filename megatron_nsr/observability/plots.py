@@ -21,16 +21,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from megatron_nsr.observability.run_directory import replacing
 
-# (light page, dark page). Okabe and Ito's hues, which colour-blind readers can tell apart, each dark or light enough for its page.
+# (light page, dark page): dark or light enough for its page, and told apart by colour-blind readers; tests/unit/observability/test_plots.py
+# says how that is measured.
 PALETTE = (
     ("#4d4d4d", "#c4c9d0"),
-    ("#0072b2", "#4aa8e8"),
-    ("#d55e00", "#ff8a3d"),
-    ("#00875f", "#35c795"),
-    ("#b8528c", "#ee9cc8"),
-    ("#a87400", "#f0bd3e"),
-    ("#3f8fc4", "#9bd8ff"),
-    ("#7b4fa3", "#bb94e6"),
+    ("#024db0", "#3791ff"),
+    ("#c37d00", "#f3842c"),
+    ("#128c51", "#48d590"),
+    ("#e755b7", "#c370a0"),
+    ("#973300", "#ffc40f"),
+    ("#398fff", "#a9c8f7"),
+    ("#5f296a", "#9466ba"),
 )
 INK, FAINT = ("#3c434c", "#c9d0d8"), ("#dfe3e8", "#333c47")
 THEME = {light: f"--series-{index}" for index, (light, _) in enumerate(PALETTE)} | {INK[0]: "--axis", FAINT[0]: "--grid"}
