@@ -19,12 +19,13 @@ from megatron_nsr.evaluation.report_tables import (
     config_differences,
     curve_rows,
     environment_rows,
+    group_tables,
     metric_rows,
     number_text,
     ratio_text,
     samples_to_read,
     shown_ks,
-    summary_rows,
+    summary_table,
 )
 from megatron_nsr.observability.plots import MARKERS, color_of, css_color, marker_of, theme_variables, write_png
 from megatron_nsr.observability.run_directory import write_atomic
@@ -55,8 +56,8 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
         themes=[theme_variables(dark=False), theme_variables(dark=True)],
         keys={run.name: (css_color(color_of(index)), MARKERS[marker_of(index)]) for index, run in enumerate(data)},
         runs=data,
-        summaries=[(name, shown_ks(data, name), summary_rows(data, name)) for name in benchmarks or [""]],
-        benchmarks=[(name, pass_at_k_figures(data, name), *curve_rows(data, name)) for name in benchmarks],
+        summaries=[(name, *summary_table(data, name)) for name in benchmarks or [""]],
+        benchmarks=[(name, pass_at_k_figures(data, name), *curve_rows(data, name), group_tables(data, name)) for name in benchmarks],
         sections=[
             ("learning", "Learning", [*heldout_entropy_figures(data), *learning_figures(data)]),
             ("signs", "The two signs", sign_figures(data)),

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from megatron_nsr.evaluation.bootstrap import interval
 from megatron_nsr.evaluation.pass_at_k import pass_at_k
 from megatron_nsr.observability.metrics import read_metrics
 from megatron_nsr.observability.run_directory import RunDirectory, flatten
@@ -26,29 +27,61 @@ from megatron_nsr.observability.state import RunState, read_state
 from megatron_nsr.types import UserError
 
 T = TypeVar("T")
+PASS_KEYS = ("pass_at_k", "ci_low", "ci_high")
+VOTE_KEYS = ("cons_at_k", "cons_ci_low", "cons_ci_high")
 SUPERVISED = "supervised"  # the objective that samples nothing while it trains
-RESAMPLES = 1000
-BOOTSTRAP_SEED = 20250601
-CHUNK = 100  # resamples drawn at once: [CHUNK, problems] counts live in memory
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Shares by k, and their 95 % intervals (low, high) as far as they are known."""
+
+    values: Mapping[int, float]
+    intervals: Mapping[int, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The problems of one level or subject."""
+
+    problems: int
+    curve: Curve
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Pass@k of one benchmark. n: samples a problem, 0 where unknown; ids, correct, total: one entry a problem."""
+    """One benchmark's entry in eval/step_N.json, see evaluation/results.py. ids, correct, total: one entry a problem.
+
+    n: samples a problem, 0 where unknown; vote: cons@k, without values where there is none; groups: by column (level, subject) and
+    its value.
+    """
 
     n: int
-    pass_at_k: Mapping[int, float]
     ids: tuple[str, ...]
     correct: tuple[int, ...]
     total: tuple[int, ...]
+    curve: Curve
+    vote: Curve
+    greedy: float | None
+    no_verdict: int
+    groups: Mapping[str, Mapping[str, Group]]
+
+    @property
+    def pass_at_k(self) -> Mapping[int, float]:
+        return self.curve.values
+
+    @cached_property
+    def intervals(self) -> Mapping[int, tuple[float, float]]:
+        """95 % intervals of `pass_at_k`: the file's own, or else from the counts; empty where it holds neither."""
+        if self.curve.intervals or not self.ids:
+            return self.curve.intervals
+        low, high = interval(self.per_problem)
+        return dict(zip(self.pass_at_k, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     @cached_property
     def per_problem(self) -> np.ndarray:
         """float64 [problems, ks] in the order of `pass_at_k`; NaN where a problem has fewer samples than k."""
-        rows = [
-            [pass_at_k(correct, total, k) if k <= total else math.nan for k in self.pass_at_k]
-            for correct, total in zip(self.correct, self.total, strict=True)
-        ]
+        rows = [[pass_at_k(c, n, k) if k <= n else math.nan for k in self.pass_at_k] for c, n in zip(self.correct, self.total, strict=True)]
         return np.array(rows).reshape(len(self.ids), len(self.pass_at_k))
 
 
@@ -136,11 +169,6 @@ def benchmark_names(runs: Sequence[RunData]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for evaluation in run.evaluations for name in evaluation.benchmarks))
 
 
-def bootstrap_band(result: BenchmarkResult) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the mean Pass@k over problems drawn with replacement: low, high, float64 [ks]."""
-    return _interval(result.per_problem)
-
-
 def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[int, tuple[float, float]]:
     """95 % interval of `result - base` for each common k, paired over problems; empty where the problems differ."""
     if result.ids != base.ids or not result.ids:
@@ -148,23 +176,8 @@ def difference_interval(result: BenchmarkResult, base: BenchmarkResult) -> dict[
     common = [k for k in result.pass_at_k if k in base.pass_at_k]
     columns = [list(result.pass_at_k).index(k) for k in common]
     base_columns = [list(base.pass_at_k).index(k) for k in common]
-    low, high = _interval(result.per_problem[:, columns] - base.per_problem[:, base_columns])
+    low, high = interval(result.per_problem[:, columns] - base.per_problem[:, base_columns])
     return {k: (float(low[index]), float(high[index])) for index, k in enumerate(common)}
-
-
-def _interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Percentiles 2.5 and 97.5 of the bootstrapped column means of [problems, columns], NaN entries left out."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    problems = len(values)
-    known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
-    means = []
-    for _ in range(RESAMPLES // CHUNK):
-        counts = generator.multinomial(problems, np.full(problems, 1 / problems), size=CHUNK).astype(float)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means.append((counts @ filled) / (counts @ known))
-    low, high = np.nanpercentile(np.concatenate(means), [2.5, 97.5], axis=0)
-    return low, high
 
 
 def _load_run(path: Path, name: str) -> RunData:
@@ -204,7 +217,7 @@ def _lacks(run: RunData) -> list[str]:
         lines.append("no evaluation (eval/step_N.json)")
     elif run.steps > run.evaluations[-1].step > 0:
         lines.append(f"last evaluated at step {run.evaluations[-1].step} of the {run.steps} done")
-    lines += [f"no counts per problem for {name}, hence no interval" for name in benchmark_names([run]) if not _counted(run.final(name))]
+    lines += [f"no counts per problem for {name}, hence no interval" for name in benchmark_names([run]) if not _has_intervals(run, name)]
     if run.metrics and not run.samples and run.objective != SUPERVISED:
         lines.append("no responses to read (samples/step_N.parquet)")
     if run.environment is None:
@@ -212,8 +225,9 @@ def _lacks(run: RunData) -> list[str]:
     return lines
 
 
-def _counted(result: BenchmarkResult | None) -> bool:
-    return result is not None and bool(result.ids)
+def _has_intervals(run: RunData, benchmark: str) -> bool:
+    result = run.final(benchmark)
+    return result is not None and bool(result.intervals)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -238,13 +252,28 @@ def _read_evaluation(path: Path) -> EvaluationResult:
 
 def _parse_benchmark(content: Mapping[str, Any]) -> BenchmarkResult:
     problems = content.get("problems", [])
+    correct, total = ([int(problem[key]) for problem in problems] for key in ("correct", "n"))
+    if "pass_at_k" not in content:
+        raise KeyError("pass_at_k")
     return BenchmarkResult(
         n=int(content.get("n") or 0),
-        pass_at_k={int(k): value for k, value in sorted(content["pass_at_k"].items(), key=lambda item: int(item[0]))},
         ids=tuple(str(problem["id"]) for problem in problems),
-        correct=tuple(int(problem["correct"]) for problem in problems),
-        total=tuple(int(problem["n"]) for problem in problems),
+        correct=tuple(correct),
+        total=tuple(total),
+        curve=_parse_curve(content, *PASS_KEYS),
+        vote=_parse_curve(content, *VOTE_KEYS),
+        greedy=content.get("greedy_accuracy"),
+        no_verdict=int(content.get("no_verdict") or 0),
+        groups={
+            column: {value: Group(int(scores["problems"]), _parse_curve(scores, *PASS_KEYS)) for value, scores in groups.items()}
+            for column, groups in content.get("groups", {}).items()
+        },
     )
+
+
+def _parse_curve(content: Mapping[str, Any], value: str, low: str, high: str) -> Curve:
+    values, lows, highs = ({int(k): float(share) for k, share in content.get(key, {}).items()} for key in (value, low, high))
+    return Curve({k: values[k] for k in sorted(values)}, {k: (lows[k], highs[k]) for k in values if k in lows and k in highs})
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import nan
 
 from matplotlib.figure import Figure
 
-from megatron_nsr.evaluation.report_data import BenchmarkResult, RunData, benchmark_names, bootstrap_band, difference_interval
+from megatron_nsr.evaluation.report_data import BenchmarkResult, Curve, RunData, benchmark_names, difference_interval
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
     WIDE,
@@ -53,11 +54,13 @@ class ReportFigure:
 
 
 def pass_at_k_figures(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
-    """Pass@k against k, its difference to the first run, and its way over the steps, each where there is something to draw."""
+    """Pass@k against k, its difference to the first run and its way over the steps, and cons@k, each where there is something to draw."""
     lines = pass_at_k_lines(runs, benchmark)
-    caption = f"Last evaluation of each run: {_counts(runs, benchmark)}. Bands are {INTERVALS}; k is on a log2 axis."
+    unjudged = sum(result.no_verdict for run in runs if (result := run.final(benchmark)))
+    lost = f" {unjudged} samples have no verdict and count as not correct." if unjudged else ""
+    caption = f"Last evaluation of each run: {_counts(runs, benchmark)}.{lost} Bands are {INTERVALS}; k is on a log2 axis."
     curve = line_panel(f"Pass@k on {benchmark}", caption, lines, x_label="k", y_label="Pass@k, %", x_scale="log2", wide=True)
-    return [curve, *_differences(runs, benchmark), *_pass_over_steps(runs, benchmark)]
+    return [curve, *_differences(runs, benchmark), *_pass_over_steps(runs, benchmark), *_votes(runs, benchmark)]
 
 
 def heldout_entropy_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
@@ -96,18 +99,9 @@ def time_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
 
 
 def pass_at_k_lines(runs: Sequence[RunData], benchmark: str) -> list[Line]:
-    """Each run's last Pass@k curve on a benchmark in percent, with its band where counts per problem are there."""
-    lines = []
-    for index, run in enumerate(runs):
-        result = run.final(benchmark)
-        if result is None or not result.pass_at_k:
-            continue
-        line = run_line(index, run.name, list(result.pass_at_k), [100 * value for value in result.pass_at_k.values()])
-        if result.ids:
-            low, high = bootstrap_band(result)
-            line = replace(line, low=(100 * low).tolist(), high=(100 * high).tolist())
-        lines.append(line)
-    return lines
+    """Each run's last Pass@k curve on a benchmark in percent, with its band where the file holds it or the counts per problem."""
+    results = [run.final(benchmark) for run in runs]
+    return _curves(runs, [None if result is None else Curve(result.pass_at_k, result.intervals) for result in results])
 
 
 def pass_at_k_picture(runs: Sequence[RunData]) -> Figure:
@@ -144,6 +138,30 @@ def line_panel(
         return to_svg(line_figure(lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale, zero=zero, **size), alt)
 
     return ReportFigure(title, caption, draw(), draw(size=WIDE) if wide else "")
+
+
+def _curves(runs: Sequence[RunData], curves: Sequence[Curve | None]) -> list[Line]:
+    """A line for each run whose curve holds something, in percent; the band is NaN where an interval is not known."""
+    lines = []
+    for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
+        if curve is None or not curve.values:
+            continue
+        line = run_line(index, run.name, list(curve.values), [100 * value for value in curve.values.values()])
+        if curve.intervals:
+            low, high = ([100 * curve.intervals.get(k, (nan, nan))[side] for k in curve.values] for side in (0, 1))
+            line = replace(line, low=low, high=high)
+        lines.append(line)
+    return lines
+
+
+def _votes(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
+    """The accuracy of a majority vote among k samples, where the grader names answers."""
+    results = [run.final(benchmark) for run in runs]
+    lines = _curves(runs, [result.vote if result else None for result in results])
+    if not lines:
+        return []
+    caption = f"Share of problems that a majority vote among k samples solves. Bands are {INTERVALS}."
+    return [line_panel(f"cons@k on {benchmark}", caption, lines, x_label="k", y_label="cons@k, %", x_scale="log2")]
 
 
 def _differences(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:

@@ -31,6 +31,8 @@ LEARNING = (
     Panel("Fully solved prompts", SHARE, ("reward/fully_solved_ratio",)),
     Panel("Never solved prompts", SHARE, ("reward/never_solved_ratio",)),
     Panel("Policy entropy", NATS, ("policy/entropy",)),
+    Panel("Entropy on fixed responses", NATS, ("heldout/entropy_fixed",)),
+    Panel("Different answers a prompt", "count", ("reward/unique_answers_mean",)),
     Panel("Response length", "tokens", ("rollout/response_tokens_mean",)),
     Panel("Supervised loss", NATS, ("supervised/loss",)),
 )
@@ -50,6 +52,9 @@ SIGN_TITLES = {
     "policy/clip_fraction": ("Clip fraction", "share of tokens, 0 to 1"),
     "policy/logprob": ("Log-prob", NATS),
     "policy/entropy": ("Entropy", NATS),
+    "rollout/logprob": ("Log-prob in the engine", NATS),
+    "rollout/response_tokens_mean": ("Response length by sign", "tokens"),
+    "reward/truncated_ratio": ("Truncated responses", SHARE),
     "policy/grad_norm_head": ("Gradient norm at the head", "norm"),
     "policy/grad_norm": ("Whole gradient's norm", "norm"),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from megatron_nsr.evaluation.report_data import BenchmarkResult, RunData, bootstrap_band, difference_interval
+from megatron_nsr.evaluation.report_data import BenchmarkResult, Group, RunData, difference_interval
 from megatron_nsr.evaluation.report_panels import logged_metrics
 from megatron_nsr.observability.metrics import metric_meaning
 from megatron_nsr.observability.run_directory import flatten
@@ -33,6 +33,15 @@ class Cell:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class GroupTable:
+    """Pass@1, and as a note Pass@k at the largest k. rows: value of `column`, its problems, a cell a run."""
+
+    column: str
+    largest_k: int
+    rows: list[tuple[str, str, list[Cell]]]
+
+
 def shown_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
     """At most SHOWN_KS of the ks that any run has, evenly over their order, both ends included."""
     ks = _all_ks(runs, benchmark)
@@ -41,23 +50,44 @@ def shown_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
     return [ks[round(index * (len(ks) - 1) / (SHOWN_KS - 1))] for index in range(SHOWN_KS)]
 
 
-def summary_rows(runs: Sequence[RunData], benchmark: str) -> list[tuple[RunData, list[Cell]]]:
-    """For each run its Pass@k cells in the order of `shown_ks`, then held-out entropy, with their differences to the first run."""
+def summary_table(runs: Sequence[RunData], benchmark: str) -> tuple[list[str], list[tuple[RunData, list[Cell]]]]:
+    """Columns, and for each run a cell a column: the last evaluation's numbers with their differences to the first run."""
     shown = shown_ks(runs, benchmark)
-    base = runs[0]
+    results = [run.final(benchmark) for run in runs]
+    greedy = any(result is not None and result.greedy is not None for result in results)
+    columns = [*(f"Pass@{k}" for k in shown), *(["greedy"] if greedy else []), "held-out entropy, nats"]
     rows = []
-    for run in runs:
-        other = None if run is base else base
-        cells = _difference_cells(run.final(benchmark), other.final(benchmark) if other else None, shown)
-        entropy = _difference(run.final_entropy, other.final_entropy) if other else ()
+    for run, result in zip(runs, results, strict=True):
+        base = None if run is runs[0] else results[0]
+        cells = _difference_cells(result, base, shown)
+        if greedy:
+            cells.append(Cell(ratio_text(result.greedy if result else None)))
+        entropy = () if run is runs[0] else _difference(run.final_entropy, runs[0].final_entropy)
         rows.append((run, [*cells, Cell(number_text(run.final_entropy), entropy)]))
-    return rows
+    return columns, rows
 
 
 def curve_rows(runs: Sequence[RunData], benchmark: str) -> tuple[list[int], list[tuple[RunData, list[Cell]]]]:
     """All ks, and for each run that was evaluated its Pass@k with the 95 % interval in percent."""
     ks = _all_ks(runs, benchmark)
-    return ks, [(run, _interval_cells(result, ks)) for run in runs if (result := run.final(benchmark))]
+    return ks, [(run, _interval_cells(result.pass_at_k, result.intervals, ks)) for run in runs if (result := run.final(benchmark))]
+
+
+def group_tables(runs: Sequence[RunData], benchmark: str) -> list[GroupTable]:
+    """A table for each of the columns level, type and subject that any run's last evaluation was split by."""
+    results = [run.final(benchmark) for run in runs]
+    by_column: dict[str, dict[str, list[Group | None]]] = {}
+    for index, result in enumerate(results):
+        for column, groups in (result.groups if result else {}).items():
+            for value, group in groups.items():
+                by_column.setdefault(column, {}).setdefault(value, [None] * len(runs))[index] = group
+    largest = max(_all_ks(runs, benchmark), default=1)
+    return [
+        GroupTable(
+            column, largest, [(value, _problems(groups), [_group_cell(g, largest) for g in groups]) for value, groups in rows.items()]
+        )
+        for column, rows in by_column.items()
+    ]
 
 
 def metric_rows(runs: Sequence[RunData]) -> list[tuple[str, str, list[str]]]:
@@ -117,15 +147,20 @@ def _difference_cells(result: BenchmarkResult | None, base: BenchmarkResult | No
     return cells
 
 
-def _interval_cells(result: BenchmarkResult, ks: Sequence[int]) -> list[Cell]:
-    bounds = dict(zip(result.pass_at_k, zip(*bootstrap_band(result), strict=True), strict=True)) if result.ids else {}
-    return [
-        Cell(
-            NO_VALUE if k not in result.pass_at_k else f"{100 * result.pass_at_k[k]:.1f}",
-            (f"{100 * bounds[k][0]:.1f} to {100 * bounds[k][1]:.1f}",) if k in bounds else (),
-        )
-        for k in ks
-    ]
+def _interval_cells(values: Mapping[int, float], intervals: Mapping[int, tuple[float, float]], ks: Sequence[int]) -> list[Cell]:
+    notes = {k: " to ".join(f"{100 * bound:.1f}" for bound in bounds) for k, bounds in intervals.items()}
+    return [Cell(f"{100 * values[k]:.1f}" if k in values else NO_VALUE, (notes[k],) if k in notes else ()) for k in ks]
+
+
+def _problems(groups: Sequence[Group | None]) -> str:
+    return " or ".join(str(count) for count in sorted({group.problems for group in groups if group}))
+
+
+def _group_cell(group: Group | None, k: int) -> Cell:
+    if group is None:
+        return Cell(NO_VALUE)
+    first, last = (f"{100 * group.curve.values[at]:.1f}" if at in group.curve.values else NO_VALUE for at in (1, k))
+    return Cell(first, (last,))
 
 
 def _unequal(rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:

@@ -21,35 +21,27 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from megatron_nsr.observability.run_directory import replacing
 
-# (light page, dark page): dark or light enough for its page, and told apart by colour-blind readers; tests/unit/observability/test_plots.py
-# says how that is measured.
-PALETTE = (
-    ("#4d4d4d", "#c4c9d0"),
-    ("#024db0", "#3791ff"),
-    ("#c37d00", "#f3842c"),
-    ("#128c51", "#48d590"),
-    ("#e755b7", "#c370a0"),
-    ("#973300", "#ffc40f"),
-    ("#398fff", "#a9c8f7"),
-    ("#5f296a", "#9466ba"),
-)
-INK, FAINT = ("#3c434c", "#c9d0d8"), ("#dfe3e8", "#333c47")
-THEME = {light: f"--series-{index}" for index, (light, _) in enumerate(PALETTE)} | {INK[0]: "--axis", FAINT[0]: "--grid"}
+# For a light and for a dark page; colour-blind readers can tell each one's colours apart: tests/unit/observability/test_plots.py.
+PALETTE = ("#4d4d4d", "#024db0", "#c37d00", "#128c51", "#e755b7", "#973300", "#398fff", "#5f296a")
+DARK_PALETTE = ("#c4c9d0", "#3791ff", "#f3842c", "#48d590", "#c370a0", "#ffc40f", "#a9c8f7", "#9466ba")
+INK, FAINT = "#3c434c", "#dfe3e8"
+DARK_INK, DARK_FAINT = "#c9d0d8", "#333c47"
+THEME = {color: f"--series-{index}" for index, color in enumerate(PALETTE)} | {INK: "--axis", FAINT: "--grid"}
 # One fewer than colours, so that 56 lines differ in one or the other; and what a legend shows for each.
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, and drawn in the page's font
     "text.parse_math": False,  # a run may be called a_$b$
     "font.size": 11,
-    "axes.edgecolor": INK[0],
-    "axes.labelcolor": INK[0],
-    "text.color": INK[0],
-    "xtick.color": INK[0],
-    "ytick.color": INK[0],
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": FAINT[0],
+    "grid.color": FAINT,
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
@@ -76,7 +68,7 @@ class Line:
 
 def color_of(index: int) -> str:
     """The colour of the index-th thing compared, on a light page and the same in every figure."""
-    return PALETTE[index % len(PALETTE)][0]
+    return PALETTE[index % len(PALETTE)]
 
 
 def marker_of(index: int) -> str:
@@ -91,7 +83,8 @@ def css_color(color: str) -> str:
 
 def theme_variables(dark: bool) -> dict[str, str]:
     """The CSS custom properties that a page with `to_svg`'s figures has to set, and their colours."""
-    return {name: color[dark] for name, color in zip(THEME.values(), (*PALETTE, INK, FAINT), strict=True)}
+    colors = (*DARK_PALETTE, DARK_INK, DARK_FAINT) if dark else (*PALETTE, INK, FAINT)
+    return dict(zip(THEME.values(), colors, strict=True))
 
 
 def smoothing_window(lines: Sequence[Line]) -> int:
@@ -124,7 +117,7 @@ def line_figure(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         if zero:
-            axes.axhline(0, color=INK[0], linewidth=1)
+            axes.axhline(0, color=INK, linewidth=1)
         draw_lines(axes, lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
     return figure
 
@@ -135,7 +128,7 @@ def panels_figure(panels: Mapping[str, Sequence[Line]], *, x_label: str, y_label
         figure = Figure(figsize=(6.4 * len(panels), 4.2), layout="constrained")
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             draw_lines(axes, lines, x_label=x_label, y_label=y_label, x_scale=x_scale)
-            axes.set_title(title, color=INK[0], fontsize=12)
+            axes.set_title(title, color=INK, fontsize=12)
         _legend_below(figure)
     return figure
 

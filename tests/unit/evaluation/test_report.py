@@ -15,7 +15,7 @@ from rich.console import Console
 
 from megatron_nsr.config import parse_config
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
-from megatron_nsr.evaluation.report_data import bootstrap_band, difference_interval, load_runs, run_names
+from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
 from megatron_nsr.observability.loggers import JsonlLogger
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.run_directory import RunDirectory, open_run, write_json
@@ -220,17 +220,21 @@ def test_a_run_evaluated_once_is_a_level_beside_the_others(page: str) -> None:
     assert "mathdefault" not in text  # numbers on a log axis are plain text
 
 
-def test_the_bootstrap_band_holds_the_curve_and_is_seeded(runs: list[Path]) -> None:
+def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path], tmp_path: Path) -> None:
     result = load_runs(runs)[1].final("puzzle")
     assert result is not None
-    low, high = bootstrap_band(result)
     assert list(result.pass_at_k) == sorted(KS)
-    assert all(a < value < b for a, value, b in zip(low, result.pass_at_k.values(), high, strict=True))
+    assert all(result.intervals[k][0] < value < result.intervals[k][1] for k, value in result.pass_at_k.items())
     assert result.per_problem.mean(axis=0) == pytest.approx(list(result.pass_at_k.values()), abs=1e-12)
-    # The standard error of a mean over 40 problems, within what 1,000 resamples can tell.
-    standard_error = result.per_problem[:, 0].std() / math.sqrt(40)
-    assert high[0] - low[0] == pytest.approx(2 * 1.96 * standard_error, rel=0.15)
-    assert (bootstrap_band(result)[0] == low).all()
+
+    written = evaluation(3, 4)
+    written["benchmarks"]["puzzle"] |= {"ci_low": {"1": 0.125}, "ci_high": {"1": 0.875}}
+    run = make_run(tmp_path, "stored", "nsr", steps=1)
+    write_json(RunDirectory(run).evaluation(3), written)
+    stored = load_runs([run])[0].final("puzzle")
+    assert stored is not None and stored.intervals == {1: (0.125, 0.875)}
+    write_report([run], tmp_path / "report.html")
+    assert "12.5 to 87.5" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
 
 
 def test_a_difference_is_paired_over_the_same_problems(runs: list[Path]) -> None:

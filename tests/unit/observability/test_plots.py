@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_nsr.observability.plots import (
+    DARK_PALETTE,
     PALETTE,
     Line,
     color_of,
@@ -101,9 +102,10 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("vision", VISION)
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_any_two_colours_differ_for_colour_blind_readers_too(vision: str, dark: bool) -> None:
-    seen = {color[dark]: lab(np.array(VISION[vision]) @ linear(color[dark])) for color in PALETTE}
+@pytest.mark.parametrize("palette", [PALETTE, DARK_PALETTE], ids=["light", "dark"])
+def test_any_two_colours_differ_for_colour_blind_readers_too(vision: str, palette: tuple[str, ...]) -> None:
+    seen = {color: lab(np.array(VISION[vision]) @ linear(color)) for color in palette}
+    assert len(seen) == 8
     nearest = min((float(np.linalg.norm(seen[one] - seen[other])), one, other) for one, other in combinations(seen, 2))
     assert nearest[0] > 15, nearest  # 2 can just be seen side by side
 
