@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-vllm-0.26 lint format quickstart quickstart-base bench-deps clean
+.PHONY: help install browser test test-vllm-0.26 lint format quickstart quickstart-base bench-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -58,8 +58,23 @@ $(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
 	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
 	@touch $@
 
+# Any Chromium or Chrome will do; where there is none, Debian's is installed if that needs no question.
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser: ## find or install the Chromium that the report's tests drive; CHROMIUM=FILE names one elsewhere
+	@for name in $(CHROMIUM) $(BROWSERS); do if command -v "$$name" >/dev/null; then exit 0; fi; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then as_root=env; \
+	elif command -v apt-get >/dev/null && sudo -n true 2>/dev/null; then as_root="sudo -n"; \
+	fi; \
+	if [ -n "$$as_root" ]; then \
+	  echo "Installing Chromium ..."; \
+	  $$as_root apt-get update -qq >/dev/null && \
+	  $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null && exit 0; \
+	fi; \
+	echo "The report's tests need Chromium, and it could not be installed (apt-get with a package chromium, as root, is needed for that)." >&2; \
+	echo "Install Chromium or Chrome, or name the program: make test CHROMIUM=/path/to/chrome" >&2; exit 1
+
 # Distributed tests start as many processes as they have ranks; of the others two fit two cores.
-test: $(TEST_INSTALLED) ## run all tests
+test: $(TEST_INSTALLED) browser ## run all tests
 	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
 	$(BIN)/python -m pytest tests/distributed
 	$(BIN)/python -m pytest tests/integration -n 2 --dist loadfile
