@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -237,6 +241,58 @@ def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path],
     assert "12.5 to 87.5" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
 
 
+def test_votes_greedy_accuracy_levels_and_lost_verdicts_are_shown_where_an_evaluation_has_them(runs: list[Path], tmp_path: Path) -> None:
+    written = evaluation(3, 4)
+    level = {"problems": 7, "pass_at_k": {"1": 0.1234, "16": 0.9876}}
+    written["benchmarks"]["puzzle"] |= {
+        "cons_at_k": {"1": 0.4, "16": 0.6543},
+        "cons_ci_low": {"1": 0.3, "16": 0.5},
+        "cons_ci_high": {"1": 0.5, "16": 0.8},
+        "greedy_accuracy": 0.4321,
+        "no_verdict": 13,
+        "groups": {"level": {"Level 1": level}},
+    }
+    run = make_run(tmp_path, "voted", "nsr", steps=1)
+    write_json(RunDirectory(run).evaluation(3), written)
+    write_report([run, runs[1]], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = Page(page).text
+    assert descriptions(page)["cons@k on puzzle"].endswith("voted ends at 65.4")
+    assert "43.2 %" in text and "13 samples have no verdict and count as not correct." in text
+    assert "puzzle by level: Pass@1 in percent, below it Pass@16" in text
+    assert re.search(r"Level 1\s*7\s*12.3\s*98.8\s*–", text)
+
+
+def report(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "megatron_nsr", "report", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_the_command_names_what_is_missing_and_refuses_what_is_no_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "fresh", "nsr", steps=0)
+    done = report(run, "--out", tmp_path / "report.html")
+    assert done.returncode == 0 and "missing: fresh: no evaluation (eval/step_N.json)" in done.stderr
+    refused = report(run, tmp_path, "--out", tmp_path / "none.html")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "holds no config.yaml" in refused.stderr
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_an_installed_package_has_the_files_of_the_page() -> None:
+    package = Path(__file__).parents[3]
+    declared = tomllib.loads((package / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    named = {f"{name.replace('.', '/')}/{file}" for name, files in declared.items() for file in files}
+    files = {path for path in (package / "megatron_nsr").rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert {str(path.relative_to(package)) for path in files} == named
+
+
+def test_a_long_response_is_cut_in_its_middle(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "long", "nsr", steps=1)
+    response = "begins" + "x" * 100_000 + "ends"
+    write_samples(RunDirectory(run).samples(1), [replace(sample(1, "wrong", 0), response=response)])
+    write_report([run], tmp_path / "report.html")
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "begins" in text and "ends" in text and "[... 94010 characters left out ...]" in text and len(text) < 60_000
+
+
 def test_a_difference_is_paired_over_the_same_problems(runs: list[Path]) -> None:
     base, better = (load_runs(runs)[index].final("puzzle") for index in (1, 2))
     assert base is not None and better is not None
@@ -269,6 +325,8 @@ def test_wrong_arguments_are_named(runs: list[Path], tmp_path: Path) -> None:
         write_report([runs[0], tmp_path / "absent"], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"not a run directory, it holds no config\.yaml"):
         write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="is a directory; name a file"):
+        write_report([runs[0]], tmp_path)
     with pytest.raises(UserError, match="no run given"):
         write_report([], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
