@@ -34,12 +34,15 @@ LEARNING = (
     Panel("Entropy on fixed responses", NATS, ("heldout/entropy_fixed",)),
     Panel("Different answers a prompt", "count", ("reward/unique_answers_mean",)),
     Panel("Response length", "tokens", ("rollout/response_tokens_mean",)),
+    Panel("KL to the reference", NATS, ("policy/kl_reference",)),
     Panel("Supervised loss", NATS, ("supervised/loss",)),
 )
 ENGINE = (
     Panel("Log-prob gap, engine to policy", "nats", ("rollout/logprob_gap_mean", "rollout/logprob_gap_max"), "log", ("mean", "largest")),
     Panel("Gradient norm", "norm before clipping", ("policy/grad_norm",)),
     Panel("Responses trained on", SHARE, ("policy/kept_ratio",)),
+    Panel("Critic's loss", "squared reward", ("critic/loss",)),
+    Panel("Variance that the critic explains", "share, at most 1", ("critic/explained_variance",)),
 )
 SPEED = (
     Panel("Speed", "tokens a second", ("perf/tokens_per_s",)),

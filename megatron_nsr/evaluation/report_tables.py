@@ -21,7 +21,7 @@ from megatron_nsr.types import Outcome
 SHOWN_KS = 4  # columns of Pass@k in the first table, from the smallest to the largest k
 SHOWN_SAMPLES = 3  # of each kind and run
 SHOWN_CHARACTERS = 6000  # of a prompt or response; the middle of a longer one is left out
-LAST_VALUES = 10  # that a metric's number is the mean of
+LAST_STEPS = 10  # of a run, that a metric's number is the mean over
 NO_VALUE = "–"
 
 
@@ -91,11 +91,12 @@ def group_tables(runs: Sequence[RunData], benchmark: str) -> list[GroupTable]:
 
 
 def metric_rows(runs: Sequence[RunData]) -> list[tuple[str, str, list[str]]]:
-    """(name, meaning, for each run the mean of the last LAST_VALUES logged values) of every logged metric."""
-    return [
-        (name, metric_meaning(name) or "not a metric of this version", [_last_mean(run.curve(name)[1]) for run in runs])
-        for name in logged_metrics(runs)
-    ]
+    """(name, meaning, a number for each run) of every logged metric but Pass@k.
+
+    The number is the mean over the run's last LAST_STEPS steps, or the last value where these have none.
+    """
+    names = [name for name in logged_metrics(runs) if "/pass@" not in name]
+    return [(name, metric_meaning(name) or "not a metric of this version", [_last_mean(run, name) for run in runs]) for name in names]
 
 
 def config_differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
@@ -167,8 +168,10 @@ def _unequal(rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _last_mean(values: Sequence[float]) -> str:
-    return f"{fmean(values[-LAST_VALUES:]):.4g}" if values else NO_VALUE
+def _last_mean(run: RunData, name: str) -> str:
+    steps, values = run.curve(name)
+    recent = [value for step, value in zip(steps, values, strict=True) if step > run.steps - LAST_STEPS] or values[-1:]
+    return f"{fmean(recent):.4g}" if recent else NO_VALUE
 
 
 def _without_middle(text: str) -> str:
