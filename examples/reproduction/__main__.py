@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def _candidates(out: Path, signals: StopSignals, console: Console) -> None:
         [run] = base_runs(scale, out / scale.name, "validation")
         _prepare(scale, out / scale.name, run.job)
         jobs.append((scale, run))
-    _train([run.job for _, run in jobs], cost, signals, console)
+    # Their runs are called alike, and a name is what the progress tells them apart by.
+    _train([replace(run.job, name=scale.name) for scale, run in jobs], cost, signals, console)
     for scale, run in jobs:
         evaluation = read_base(run, "validation").evaluation
         rows.append(scale.describe() | {"pass_at_k": full_curve(evaluation), "entropy": evaluation.entropy})
