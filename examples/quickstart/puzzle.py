@@ -79,6 +79,15 @@ def writable(numbers: tuple[int, ...], operators: str, ranges: Ranges) -> bool:
     return all(0 <= value <= ranges.largest_value for value in running_values(numbers, operators))
 
 
+def writable_results(numbers: tuple[int, ...], ranges: Ranges) -> dict[str, int]:
+    """Result by operators, for every way whose values all lie within the ranges, in the order of `operator_strings`."""
+    results = {"": numbers[0]}
+    for number in numbers[1:]:
+        longer = ((operators + each, _apply(each, value, number)) for operators, value in results.items() for each in OPERATORS)
+        results = {operators: value for operators, value in longer if 0 <= value <= ranges.largest_value}
+    return results
+
+
 def solutions(problem: Problem) -> list[str]:
     """Every operator string that reaches the target."""
     return [operators for operators in operator_strings(len(problem.numbers) - 1) if solves(problem, operators)]
@@ -86,7 +95,7 @@ def solutions(problem: Problem) -> list[str]:
 
 def writable_solutions(problem: Problem, ranges: Ranges) -> list[str]:
     """The solutions whose calculation can be written out; a generated problem has at least one."""
-    return [operators for operators in solutions(problem) if writable(problem.numbers, operators, ranges)]
+    return [operators for operators, value in writable_results(problem.numbers, ranges).items() if value == problem.target]
 
 
 def generate(rng: random.Random, ranges: Ranges) -> Problem:

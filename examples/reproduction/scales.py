@@ -5,7 +5,7 @@ from __future__ import annotations
 from examples.quickstart.puzzle import Ranges
 from examples.reproduction.plan import Scale, Task
 
-FOUR, FIVE = Ranges(numbers=4), Ranges(numbers=5)
+FOUR, FIVE, SIX, SEVEN = (Ranges(numbers=count) for count in (4, 5, 6, 7))
 TASK = Task(FOUR, base_steps=1500)
 # Chosen on validation problems with seeds of their own.
 RATES = {"psr": 1e-4, "nsr": 1e-4, "w_reinforce": 1e-4, "reinforce": 1e-4, "grpo": 1e-4}
@@ -43,6 +43,5 @@ SCALES = {
 
 CANDIDATES = tuple(
     Scale(f"{ranges.numbers}_numbers_{steps}_steps", Task(ranges, steps), bases=(1,), seeds=(), steps=0, long_steps=0, every=0, samples=256)
-    for ranges in (FOUR, FIVE)
-    for steps in (600, 1500)
+    for ranges, steps in ((FOUR, 600), (FOUR, 1500), (FIVE, 600), (FIVE, 1500), (SIX, 600), (SEVEN, 600))
 )
