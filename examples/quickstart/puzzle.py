@@ -20,6 +20,7 @@ class Ranges:
     numbers: int = 3  # how many numbers a puzzle has; it asks for one operator less
     largest_operand: int = 9  # numbers are 1 .. largest_operand
     largest_value: int = 49  # every value along the written-out calculation is 0 .. largest_value
+    operators: str = OPERATORS  # drawn from this; one that stands here twice comes twice as often
 
     def __post_init__(self) -> None:
         if self.numbers < 2 or not 1 <= self.largest_operand <= self.largest_value:
@@ -102,7 +103,7 @@ def generate(rng: random.Random, ranges: Ranges) -> Problem:
     """A random problem with at least one writable solution."""
     while True:
         numbers = tuple(rng.randint(1, ranges.largest_operand) for _ in range(ranges.numbers))
-        operators = "".join(rng.choice(OPERATORS) for _ in numbers[1:])
+        operators = "".join(rng.choice(ranges.operators) for _ in numbers[1:])
         if writable(numbers, operators, ranges):
             return Problem(numbers, running_values(numbers, operators)[-1])
 
