@@ -54,8 +54,8 @@ def write_attempt(numbers: tuple[int, ...], operators: str) -> str:
 
 def write_response(rng: random.Random, problem: Problem, ranges: Ranges, author: Author) -> str:
     """One imperfect answer: attempts, and the last one's operators in a box."""
-    right = puzzle.writable_solutions(problem, ranges)
-    possible = [o for o in puzzle.operator_strings(len(problem.numbers) - 1) if puzzle.writable(problem.numbers, o, ranges)]
+    results = puzzle.writable_results(problem.numbers, ranges)
+    possible, right = list(results), [operators for operators, value in results.items() if value == problem.target]
     text = ""
     for attempt in range(author.tries):
         operators = rng.choice(right if rng.random() < author.right else possible)

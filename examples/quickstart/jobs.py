@@ -148,22 +148,22 @@ def run_jobs(jobs: Sequence[Job], at_once: int, signals: StopSignals, on_poll: C
 
     Raises JobFailed for the first that fails, Stopped after a signal.
     """
-    waiting, running, started = list(jobs), dict[str, tuple[Job, subprocess.Popen[bytes]]](), list[Job]()
+    waiting, running, started = list(jobs), list[tuple[Job, subprocess.Popen[bytes]]](), list[Job]()
     try:
         while (waiting or running) and not signals.count:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                running[job.name] = (job, start(job))
+                running.append((job, start(job)))
                 started.append(job)
             time.sleep(POLL_S)
             on_poll(started)
-            for job, process in list(running.values()):
-                if process.poll() is not None:
-                    del running[job.name]
-                    if process.returncode and not signals.count:
-                        raise JobFailed(job, process.returncode)
+            ended = [(job, process) for job, process in running if process.poll() is not None]
+            running = [(job, process) for job, process in running if process.returncode is None]
+            for job, process in ended:
+                if process.returncode and not signals.count:
+                    raise JobFailed(job, process.returncode)
     finally:
-        stop([process for _, process in running.values()], signals)
+        stop([process for _, process in running], signals)
     if signals.count:
         raise Stopped
 

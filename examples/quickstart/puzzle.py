@@ -20,6 +20,7 @@ class Ranges:
     numbers: int = 3  # how many numbers a puzzle has; it asks for one operator less
     largest_operand: int = 9  # numbers are 1 .. largest_operand
     largest_value: int = 49  # every value along the written-out calculation is 0 .. largest_value
+    operators: str = OPERATORS  # drawn from this; one that stands here twice comes twice as often
 
     def __post_init__(self) -> None:
         if self.numbers < 2 or not 1 <= self.largest_operand <= self.largest_value:
@@ -79,6 +80,15 @@ def writable(numbers: tuple[int, ...], operators: str, ranges: Ranges) -> bool:
     return all(0 <= value <= ranges.largest_value for value in running_values(numbers, operators))
 
 
+def writable_results(numbers: tuple[int, ...], ranges: Ranges) -> dict[str, int]:
+    """Result by operators, for every way whose values all lie within the ranges, in the order of `operator_strings`."""
+    results = {"": numbers[0]}
+    for number in numbers[1:]:
+        longer = ((operators + each, _apply(each, value, number)) for operators, value in results.items() for each in OPERATORS)
+        results = {operators: value for operators, value in longer if 0 <= value <= ranges.largest_value}
+    return results
+
+
 def solutions(problem: Problem) -> list[str]:
     """Every operator string that reaches the target."""
     return [operators for operators in operator_strings(len(problem.numbers) - 1) if solves(problem, operators)]
@@ -86,14 +96,14 @@ def solutions(problem: Problem) -> list[str]:
 
 def writable_solutions(problem: Problem, ranges: Ranges) -> list[str]:
     """The solutions whose calculation can be written out; a generated problem has at least one."""
-    return [operators for operators in solutions(problem) if writable(problem.numbers, operators, ranges)]
+    return [operators for operators, value in writable_results(problem.numbers, ranges).items() if value == problem.target]
 
 
 def generate(rng: random.Random, ranges: Ranges) -> Problem:
     """A random problem with at least one writable solution."""
     while True:
         numbers = tuple(rng.randint(1, ranges.largest_operand) for _ in range(ranges.numbers))
-        operators = "".join(rng.choice(OPERATORS) for _ in numbers[1:])
+        operators = "".join(rng.choice(ranges.operators) for _ in numbers[1:])
         if writable(numbers, operators, ranges):
             return Problem(numbers, running_values(numbers, operators)[-1])
 

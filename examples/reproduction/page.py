@@ -90,7 +90,8 @@ def _setting(results: Results) -> str:
     environment = results.environment
     commit = (environment.get("git") or {}).get("commit", "unknown")
     return (
-        f"{settings['numbers']} numbers (1 to {settings['largest_operand']}, values up to {settings['largest_value']}), "
+        f"{settings['numbers']} numbers (1 to {settings['largest_operand']}, values up to {settings['largest_value']}, operators drawn "
+        f"from `{settings['operators']}`), "
         f"{settings['base_steps']:,} supervised steps; {counts}; {settings['test']} test problems, n = {settings['samples']} "
         f"(base: {results.bases[0].evaluation.n}). Pass@{largest} of the base: {reach}. "
         f"It took {hours}, on {environment['hardware']['cores']} cores ({environment['hardware']['cpu']}), at commit {commit[:12]}."
@@ -156,11 +157,13 @@ def _rates(results: Results) -> str:
 def _candidates(settings: Sequence[dict[str, Any]]) -> str:
     ks = sorted({int(k) for each in settings for k in each["pass_at_k"]})
     shown = [k for k in ks if k in (1, 8, 64, 256)]
-    rows = [
-        (f"{each['numbers']}", f"{each['base_steps']:,}", *(_percent(each["pass_at_k"][str(k)]) for k in shown), f"{each['entropy']:.3f}")
-        for each in settings
-    ]
-    table = _table(("numbers", "supervised steps", *(f"Pass@{k}" for k in shown), "entropy, nats"), rows)
+    rows = []
+    for each in settings:
+        author = f"{each['right']:g}, {each['box_wrong']:g}, {each['slip']:g}"
+        reached = (*(_percent(each["pass_at_k"][str(k)]) for k in shown), f"{each['entropy']:.3f}")
+        rows.append((f"{each['numbers']}", f"`{each['operators']}`", author, f"{each['base_steps']:,}", *reached))
+    author = "author: right attempt, wrong one boxed, slip"
+    table = _table(("numbers", "operators drawn from", author, "supervised steps", *(f"Pass@{k}" for k in shown), "entropy, nats"), rows)
     return (
         "## The choice of the puzzle\n\nBase models of candidate puzzles on validation problems. Wanted: a Pass@256 of 90 to 97 %, so that "
         f"guessing does not decide the right end of the curve.\n\n{table}\n"

@@ -67,6 +67,10 @@ class Scale:
             "numbers": task.ranges.numbers,
             "largest_operand": task.ranges.largest_operand,
             "largest_value": task.ranges.largest_value,
+            "operators": task.ranges.operators,
+            "right": task.author.right,
+            "box_wrong": task.author.box_wrong,
+            "slip": task.author.slip,
             "base_steps": task.base_steps,
             "train": task.train,
             "validation": task.validation,
@@ -115,14 +119,14 @@ def base_runs(scale: Scale, out: Path, split: str = "test") -> list[BaseRun]:
 
 
 def comparison_runs(scale: Scale, out: Path, rates: Mapping[str, float]) -> list[MethodRun]:
-    """Every method on every base with every seed, evaluated on the test problems; the longest runs come first."""
+    """Every method on every base with every seed, evaluated on the test problems. A seed is complete before the next one begins."""
     runs = [
         _method_run(scale, out, base, method, seed, rates[method], scale.steps_of(method), f"{method}/seed_{seed}", "test", scale.every)
         for base in scale.bases
         for seed in scale.seeds
         for method in scale.methods
     ]
-    return sorted(runs, key=lambda run: -run.steps)
+    return sorted(runs, key=lambda run: (run.seed, -run.steps))
 
 
 def search_runs(scale: Scale, out: Path) -> list[MethodRun]:

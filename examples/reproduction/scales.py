@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from examples.quickstart.corpus import Author
 from examples.quickstart.puzzle import Ranges
 from examples.reproduction.plan import Scale, Task
 
-FOUR, FIVE = Ranges(numbers=4), Ranges(numbers=5)
+FOUR, FIVE, SIX = (Ranges(numbers=count) for count in (4, 5, 6))
+# Some operators come seldom: then some puzzles are much harder than others, and guessing does not fill the right end of the curve.
+SELDOM = "++++--*"
+CAREFUL = Author(right=0.8, box_wrong=0.3, slip=0.15)
 TASK = Task(FOUR, base_steps=1500)
 # Chosen on validation problems with seeds of their own.
 RATES = {"psr": 1e-4, "nsr": 1e-4, "w_reinforce": 1e-4, "reinforce": 1e-4, "grpo": 1e-4}
@@ -42,7 +48,13 @@ SCALES = {
 }
 
 CANDIDATES = tuple(
-    Scale(f"{ranges.numbers}_numbers_{steps}_steps", Task(ranges, steps), bases=(1,), seeds=(), steps=0, long_steps=0, every=0, samples=256)
-    for ranges in (FOUR, FIVE)
-    for steps in (600, 1500)
+    Scale(name, task, bases=(1,), seeds=(), steps=0, long_steps=0, every=0, samples=256)
+    for name, task in {
+        "4_numbers_600_steps": Task(FOUR, 600),
+        "4_numbers_1500_steps": Task(FOUR, 1500),
+        "5_numbers_600_steps": Task(FIVE, 600),
+        "5_numbers_1500_steps": Task(FIVE, 1500),
+        "5_numbers_seldom": Task(replace(FIVE, operators=SELDOM), 1000, CAREFUL),
+        "6_numbers_seldom": Task(replace(SIX, operators=SELDOM), 1000, CAREFUL),
+    }.items()
 )

@@ -92,7 +92,7 @@ def test_all_jobs_run_each_with_its_own_log_and_one_thread(tmp_path: Path) -> No
 def test_no_more_than_the_asked_number_run_side_by_side(tmp_path: Path) -> None:
     note = "import sys, time; f = open(sys.argv[1], 'a', 1); print('+', file=f); time.sleep(.3); print('-', file=f)"
     both = tmp_path / "both"
-    run(*(job(tmp_path, name, note, str(both)) for name in "abc"), at_once=1)
+    run(*(job(tmp_path, name, note, str(both)) for name in "aab"), at_once=1)  # of the same name too
     assert both.read_text().split() == ["+", "-"] * 3
 
 
