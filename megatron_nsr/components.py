@@ -29,7 +29,8 @@ from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.engines import build_engine, check_engine, engine_ranks
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.training.setup import build_actor, require_weights, training_temperature
+from megatron_nsr.training.critic import Critic
+from megatron_nsr.training.setup import build_actor, build_critic, require_weights, training_temperature
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.checksums import policy_checksums
 from megatron_nsr.weights.gathering import execute_push_plan, plan_for
@@ -106,9 +107,13 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The running parts. `rollouts` and `graders` are absent where nothing is sampled (supervised without benchmarks)."""
+    """The running parts. `rollouts` and `graders` are absent where nothing is sampled (supervised without benchmarks).
+
+    critic: where the objective is ppo and the run trains.
+    """
 
     actor: Actor
+    critic: Critic | None
     rollouts: Rollouts | None
     graders: GraderPool | None
     benchmarks: Benchmarks | None
@@ -146,6 +151,8 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     distributed.init_process_group()
     own_loss = inputs.objective if isinstance(inputs.objective, OwnLoss) else None
     actor = build_actor(config, inputs.shape, inputs.backend, own_loss=own_loss, training=inputs.train is not None)
+    with_critic = config.objective.name == "ppo" and inputs.train is not None
+    critic = build_critic(config, inputs.shape, inputs.backend, actor.chunks) if with_critic else None
     if graders is not None:
         rollouts = _build_rollouts(config, inputs, stack)
         benchmarks = Benchmarks(
@@ -162,7 +169,7 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     if inputs.objective is not None and rollouts is not None and graders is not None:
         source = GradedRollouts(rollouts, graders, _schedule(inputs.objective, config), config, inputs.tokenizer.stop_ids)
     plan = plan_for(actor.chunks, inputs.shape, config.rollout.push_bucket_mib * MIB)
-    return Components(actor, rollouts, graders, benchmarks, source, plan)
+    return Components(actor, critic, rollouts, graders, benchmarks, source, plan)
 
 
 def _schedule(objective: Objective, config: Config) -> ObjectiveSchedule:

@@ -117,8 +117,8 @@ class RewardConfig(Section):
 
 class ObjectiveConfig(Section):
     name: str = Field(
-        description="psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, supervised, or the import path of an Objective, "
-        "module:Class; some bring defaults of their own, see objectives.md"
+        description="psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, ppo, supervised, or the import path of an "
+        "Objective, module:Class; some bring defaults of their own, see objectives.md"
     )
     preset: Literal["paper", "paper_code"] | None = Field(
         None, description="settings of the paper or of its public code for what is not given; see objectives.md"
@@ -148,7 +148,9 @@ class ObjectiveConfig(Section):
     )
     entropy_coefficient: NonNegativeFloat = Field(1e-4, description="entropy bonus over kept tokens, not scaled by lambda")
     kl_coefficient: NonNegativeFloat = Field(
-        0.0, description="k3 KL to the initial policy over kept tokens, not scaled by lambda; above 0 keeps its weights on the host"
+        0.0,
+        description="k3 KL to the initial policy over kept tokens, not scaled by lambda; with ppo a KL in the reward; above 0 keeps the "
+        "initial weights on the host",
     )
     aggregation: Literal["sequence_mean", "token_mean", "budget_mean"] = Field(
         "sequence_mean",
@@ -168,6 +170,17 @@ class ObjectiveConfig(Section):
         0.0, description="coefficient of the load-balancing loss of a model with experts; config.json's is pre-training's and is not read"
     )
     dropped_share: Fraction = Field(0.1, description="share of dropped samples on which entropy and log-prob gap are measured all the same")
+
+
+class CriticConfig(Section):
+    learning_rate: NonNegativeFloat = Field(1e-5, description="peak learning rate; the rest of `optimizer` is the critic's too")
+    warmup_steps: NonNegative = Field(0, description="training steps, at the start, in which the critic learns and the policy does not")
+    value_clip: PositiveFloat | None = Field(0.5, description="how far a value may move in a step and still get a gradient; null: no bound")
+    gamma: Fraction = Field(1.0, description="discount a token")
+    lambda_: Fraction = Field(
+        1.0, alias="lambda", description="of generalized advantage estimation: 1 takes whole returns, 0 the next token's value"
+    )
+    whiten_advantages: bool = Field(True, description="advantages of mean 0 and variance 1 over a step's response tokens")
 
 
 class OptimizerConfig(Section):
@@ -267,6 +280,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     objective: ObjectiveConfig
+    critic: CriticConfig = CriticConfig()
     parallel: ParallelConfig = ParallelConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -290,6 +304,7 @@ class Config(Section):
             )
         check_objective(objective.model_dump(by_alias=True), _defaults(ObjectiveConfig))
         self._consistent_servers()
+        self._consistent_critic()
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
         if parallel.sequence and parallel.tensor == 1:
@@ -300,6 +315,17 @@ class Config(Section):
             low, high = self.optimizer.min_learning_rate, self.optimizer.learning_rate
             raise ValueError(f"optimizer.min_learning_rate={low} is above optimizer.learning_rate={high}")
         return self
+
+    def _consistent_critic(self) -> None:
+        critic, low = self.critic, self.optimizer.min_learning_rate
+        if self.objective.name != "ppo":
+            for name, info in CriticConfig.model_fields.items():
+                if (value := getattr(critic, name)) != info.default:
+                    raise ValueError(
+                        f"critic.{info.alias or name}={value}: only objective.name=ppo has a critic, not {self.objective.name}"
+                    )
+        elif low > critic.learning_rate:
+            raise ValueError(f"optimizer.min_learning_rate={low} is above critic.learning_rate={critic.learning_rate}")
 
     def _consistent_servers(self) -> None:
         rollout, correction = self.rollout, self.objective.rollout_correction

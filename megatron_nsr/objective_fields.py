@@ -33,6 +33,8 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         refuse(("rollout_correction", "sampling_rounds", "kl_coefficient", "nsr_steps"), "it needs rollouts, and name=supervised has none")
     if name in ("nsr", "topr"):
         refuse(("nsr_steps",), f"it leads from NSR to an objective with one of the built-in losses, and name is {name}")
+    if name == "ppo":
+        refuse(("nsr_steps",), "ppo's critic learns from both outcomes from the first step on; critic.warmup_steps lets it learn alone")
     if given["preset"] and name not in PRESET_OBJECTIVES:
         raise ValueError(f"objective.preset={given['preset']}: it is for {', '.join(PRESET_OBJECTIVES)}, and name is {name}")
     _check_schedule(given, refuse)

@@ -26,9 +26,9 @@ PRESETS: dict[str, Settings] = {
     "paper": {"objective": {"aggregation": "sequence_mean", "normalization": "batch", "entropy_coefficient": 1e-4}},
     "paper_code": {"objective": {"aggregation": "token_mean", "normalization": "per_sign", "entropy_coefficient": 1e-3}},
 }
-PRESET_OBJECTIVES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo")
+PRESET_OBJECTIVES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "ppo")
 WITH_KL: Settings = {"objective": {"kl_coefficient": 1e-3}}  # of these, under either preset
-KL_OBJECTIVES = ("grpo",)
+KL_OBJECTIVES = ("grpo", "ppo")
 
 
 def with_defaults(values: Any) -> Any:

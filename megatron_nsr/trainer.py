@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,10 +111,19 @@ class Trainer:
         experience = self._sampled(lambda: self.parts.source.collect(map(self._prompts, itertools.count()), step, clock))
         if self.config.rollout.max_staleness and step < self.config.run.steps:
             self.parts.source.draw_ahead(self._prompts(experience.prompt_batches), step + 1)
+        critic, only_critic = self.parts.critic, step <= self.config.critic.warmup_steps
         with clock("old_logprobs"):
-            prepared = self.parts.actor.prepare(experience.batch, step)
+            score = only_critic or (critic is not None and critic.kl_coefficient > 0)
+            prepared = self.parts.actor.prepare(experience.batch, step, score=score)
+        metrics: dict[str, float] = {}
+        if critic is not None:
+            with clock("critic"):
+                prepared = replace(prepared, mini_batches=critic.judge(prepared.mini_batches))
+                metrics |= critic.update(prepared.mini_batches, self._learning_rate(step, self.config.critic.learning_rate))
+        if only_critic:
+            prepared = replace(prepared, mini_batches=())
         with clock("update"):
-            metrics = self.parts.actor.update(prepared, self._learning_rate(step))
+            metrics |= self.parts.actor.update(prepared, self._learning_rate(step, self.config.optimizer.learning_rate))
         if self.config.rollout.max_staleness:
             with clock("rollout"):  # what training did not hide
                 self.parts.source.settle()
@@ -183,11 +193,11 @@ class Trainer:
         check_gap(evaluation.metrics, "heldout", self.config.rollout.max_logprob_gap)
         return self.recorder.evaluation(evaluation) | self.fixed.measure(self.parts.actor)
 
-    def _learning_rate(self, step: int) -> float:
+    def _learning_rate(self, step: int, peak: float) -> float:
         settings = self.config.optimizer
         return learning_rate(
             step - 1,
-            peak=settings.learning_rate,
+            peak=peak,
             final=settings.min_learning_rate,
             schedule=settings.schedule,
             warmup_steps=settings.warmup_steps,
@@ -207,11 +217,12 @@ class Trainer:
 
     def _checkpoint(self, metrics: dict[str, float]) -> dict[str, float]:
         """The step's metrics go with it: a run that ends before their line is written can still write it."""
-        actor, clock = self.parts.actor, PhaseClock()
+        actor, critic, clock = self.parts.actor, self.parts.critic, PhaseClock()
+        files = Path(self.config.model.path)
         state = {"sampler": self.sampler.state(), "weight_version": self.step, "metrics": metrics}
         with clock("checkpoint"):
             ahead = self.parts.rollouts.ahead.state() if self.parts.rollouts else None
-            self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, Path(self.config.model.path), ahead)
+            self.checkpoints.save(self.step, state, actor.wrapped, actor.optimizer, actor.backend, files, ahead, critic)
         self.checkpointed = self.step
         return {"time/checkpoint_s": clock.seconds["checkpoint"]}
 
@@ -220,7 +231,7 @@ class Trainer:
         if latest is None:
             return
         actor = self.parts.actor
-        saved = self.checkpoints.load(latest, actor.wrapped, actor.optimizer, actor.backend)
+        saved = self.checkpoints.load(latest, actor.wrapped, actor.optimizer, actor.backend, self.parts.critic)
         self.sampler.load_state(saved["sampler"])
         if self.parts.rollouts:
             self.parts.rollouts.ahead.restore(saved["ahead"])

@@ -123,11 +123,13 @@ class TrainBatch:
     targets: torch.Tensor  # int64
     response_mask: torch.Tensor  # bool: the target is a response token of a real sample
     response_rows: torch.Tensor  # int64 [response tokens]: where response_mask holds, ascending
-    weights: torch.Tensor  # float32, signed
+    weights: torch.Tensor  # float32, signed: the sample's weight, or the token's advantage once a critic has judged it
     scale: torch.Tensor  # float32, >= 0
     rollout_logprobs: torch.Tensor  # float32, 0 outside the response
     old_logprobs: torch.Tensor | None = None  # float32; None: on-policy, the ratio is exp(lp - stop_gradient(lp))
     reference_logprobs: torch.Tensor | None = None  # float32, of the reference policy; None: there is none
+    old_values: torch.Tensor | None = None  # float32, the critic's values before the step's updates
+    returns: torch.Tensor | None = None  # float32, what the critic learns
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,22 +67,29 @@ def build_policy(
     backend: Backend,
     recompute: Literal["none", "selective", "full"],
     head: Head,
+    model: type[PolicyModel] = PolicyModel,
 ) -> list[PolicyModel]:
     """This rank's model, one chunk per virtual stage, on the layout that `initialize_parallel` set up.
 
     The weights are not meaningful yet: fill them with `weights.loading.load_hf_weights`, from files or from `random_hf_tensors`, which
-    gives the same model on every layout. All chunks share one TransformerConfig, `chunks[0].config`.
+    gives the same model on every layout. All chunks share one TransformerConfig, `chunks[0].config`. model: another class of chunk.
     """
     config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute)
     stages = [None] if parallel.virtual_pipeline == 1 else range(parallel.virtual_pipeline)
     with backend.phase(), torch.random.fork_rng(devices=[]):
-        return [_build_chunk(shape, parallel, config, backend, head, stage) for stage in stages]
+        return [_build_chunk(model, shape, parallel, config, backend, head, stage) for stage in stages]
 
 
 def _build_chunk(
-    shape: ModelShape, parallel: ParallelConfig, config: TransformerConfig, backend: Backend, head: Head, vp_stage: int | None
+    model: type[PolicyModel],
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    backend: Backend,
+    head: Head,
+    vp_stage: int | None,
 ) -> PolicyModel:
-    chunk = PolicyModel(
+    chunk = model(
         config,
         backend.block_spec(config, vp_stage),
         vocab_size=padded_vocab_size(shape.vocab_size, parallel.tensor),

@@ -11,7 +11,7 @@ from megatron_nsr.objectives.topr import TaperedReinforce
 from megatron_nsr.platform.imports import load_instance
 from megatron_nsr.types import UserError
 
-NAMES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "dr_grpo", "dapo", "rloo", "topr")
+NAMES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "dr_grpo", "dapo", "rloo", "topr", "ppo")
 
 
 def build_objective(
@@ -34,7 +34,7 @@ def build_objective(
             return SignedObjective(0.0, 1.0)
         case "w_reinforce":
             return SignedObjective(lambda_, 1.0)
-        case "reinforce":
+        case "reinforce" | "ppo":  # ppo's critic turns these outcomes into advantages of tokens
             return SignedObjective(1.0, 1.0)
         case "grpo" | "dapo":
             return GroupRelative(regularized)

@@ -6,19 +6,18 @@ May import: config, models, losses, objectives, weights, the rest of training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
-from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
+from megatron_nsr.models.expert_routing import LoadBalancing
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.training.load_balancing import aux_loss_metric, balance_mini_batch
@@ -27,12 +26,11 @@ from megatron_nsr.training.optimizer import set_learning_rate
 from megatron_nsr.training.packing import pack_micro_batches
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.training.reference import ReferenceWeights
+from megatron_nsr.training.scheduled_model import MicroBatches, ScheduledModel
 from megatron_nsr.training.sign_probe import Gradients, compare_gradients, copied, main_gradients
-from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
+from megatron_nsr.types import Trajectory, WeightedSample
 
-MicroBatches = list[TrainBatch]
 HeadWork = tuple[HeadInputs, LossTerms]  # what the model hands to its head as labels
-Work = tuple[TrainBatch, HeadWork, LoadBalancing | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +59,8 @@ class Diagnostics:
     seed: int
 
 
-class Actor:
-    """Owns the model chunks, their data-parallel wrappers and the optimizer. Every rank calls every method: they contain collectives."""
+class Actor(ScheduledModel):
+    """The policy, what its loss consists of and what is measured beside it."""
 
     def __init__(
         self,
@@ -79,8 +77,7 @@ class Actor:
         router_aux_loss: float,
         diagnostics: Diagnostics,
     ) -> None:
-        self.chunks = list(chunks)  # the bare model
-        self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
+        super().__init__(chunks, wrapped, optimizer, backend, groups)
         self.terms, self.own_loss, self.reference = terms, own_loss, reference
         self.budget, self.router_aux_loss, self.diagnostics = tokens_per_micro_batch, router_aux_loss, diagnostics
         config = self.wrapped[0].config
@@ -88,8 +85,8 @@ class Actor:
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
         self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
 
-    def prepare(self, batch: StepBatch, step: int) -> PreparedStep:
-        """Packs the step and recomputes old log-probs, unless a single mini-batch makes every sample on-policy.
+    def prepare(self, batch: StepBatch, step: int, *, score: bool = False) -> PreparedStep:
+        """Packs the step and recomputes old log-probs, unless a single mini-batch makes every sample on-policy. score: then too.
 
         A fixed random share of the dropped samples is measured too, so that entropy and gap are not biased by sign. Where there is a
         reference policy, all that is packed gets its log-probs.
@@ -100,7 +97,7 @@ class Actor:
         if self.reference is not None and (packed or probed):
             *packed, probed = self._with_reference_logprobs([*packed, probed])
         kept = TokenSums()
-        to_score = [micro for mini in packed for micro in mini] if len(packed) > 1 else []
+        to_score = [micro for mini in packed for micro in mini] if len(packed) > 1 or score else []
         outputs = self.score([*to_score, *probed]) if to_score or probed else []
         if to_score:
             kept = measure(to_score, outputs)
@@ -195,10 +192,7 @@ class Actor:
         sign_norms: bool = False,
     ) -> list[HeadOutputs]:
         """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
-        with self.backend.phase():
-            for chunk in self.wrapped:
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
+        self._zero_gradients()
         count = len(micro_batches)
         # The schedule divides the loss by the micro-batches and may scale it; the head forms its gradient before that happens.
         loss_gradient = float(self.optimizer.get_loss_scale()) / count
@@ -230,46 +224,11 @@ class Actor:
         forward_only: bool,
     ) -> list[HeadOutputs]:
         labels = [(head_inputs, terms or self.terms) for head_inputs in inputs]
-        balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
-        work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
-        several = len(self.wrapped) > 1
-        with self.backend.phase():
-            outputs = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=[iter(work) for _ in self.wrapped] if several else iter(work),
-                model=self.wrapped if several else self.wrapped[0],
-                num_microbatches=len(work),
-                seq_length=len(micro_batches[0].tokens),
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
-        return list(outputs)
-
-    def _optimizer_step(self) -> float:
-        with self.backend.phase():
-            _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm}: the update was lost; the last checkpoint is unharmed")
-        return float(grad_norm)
+        return self._run_schedule(micro_batches, labels, balancing=balancing, forward_only=forward_only)
 
 
 def _is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[HeadOutputs], Any]]:
-    """What megatron-core's schedule calls for each micro-batch and chunk."""
-    batch, labels, balancing = next(work)
-    packing = BalancedPacking(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        balancing=balancing,
-    )
-    output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
-    return output, lambda head: (head.loss, head)
 
 
 def _attach(batches: Sequence[MicroBatches], field: str, outputs: Sequence[HeadOutputs]) -> list[MicroBatches]:

@@ -3,6 +3,7 @@
 May import: platform, types, megatron-core, the rest of training. Layout of RUN/checkpoints:
 
     step_N/state/      weights and optimizer, megatron-core's torch_dist format: loads at any parallel layout
+    step_N/critic/     the critic's (objective.name=ppo), in the same form
     step_N/rng/        one file a rank: generators of torch, numpy, python and megatron-core
     step_N/ahead.pt    responses that were drawn ahead for the next step (rollout.max_staleness=1)
     step_N/run.json    format, step, sampler state, weight version, number of ranks, and the size of every other file
@@ -37,6 +38,7 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.training.checkpoint_files import REMEDY, newest_checkpoint, read_description, write_description
 from megatron_nsr.training.optimizer_state import OptimizerState
+from megatron_nsr.training.scheduled_model import ScheduledModel
 from megatron_nsr.types import UserError
 
 EXTRA_STATE = "_extra_state"
@@ -65,17 +67,20 @@ class Checkpoints:
         backend: Backend,
         model_files: Path,
         ahead: Any = None,
+        critic: ScheduledModel | None = None,
     ) -> None:
         """Writes step_N under another name, renames it when complete, then moves `latest`. ahead: rank 0's, picklable."""
         partial, final = self.directory / f".partial-step_{step}", self.directory / f"step_{step}"
         if distributed.rank() == 0:
             for left in self.directory.glob(".partial-*"):  # by a killed run
                 shutil.rmtree(left)
-            (partial / "state").mkdir(parents=True)
-            (partial / "rng").mkdir()
+            for name in ("state", "rng", *(["critic"] if critic else [])):
+                (partial / name).mkdir(parents=True)
         distributed.barrier()
         torch.save(rng_state(), partial / "rng" / f"rank_{distributed.rank()}.pt")
         save_state(partial / "state", wrapped, optimizer, backend)
+        if critic:
+            save_state(partial / "critic", critic.wrapped, critic.optimizer, backend)
         distributed.barrier()
         if distributed.rank() == 0:
             if ahead is not None:
@@ -95,13 +100,17 @@ class Checkpoints:
             self._prune(step)
         distributed.barrier()
 
-    def load(self, path: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend) -> dict[str, Any]:
+    def load(
+        self, path: Path, wrapped: Sequence[Any], optimizer: Any, backend: Backend, critic: ScheduledModel | None = None
+    ) -> dict[str, Any]:
         """Restores weights, optimizer and generators; returns what `save` was given as `run_state`, with the step and `ahead`.
 
         On another number of ranks the generators start afresh: nothing that trains draws from them.
         """
         description = read_description(path)
         load_state(path / "state", wrapped, optimizer, backend)
+        if critic:
+            load_state(path / "critic", critic.wrapped, critic.optimizer, backend)
         if description["world_size"] == distributed.world_size():
             with _readable(path):
                 set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))

@@ -11,15 +11,18 @@ from megatron_nsr.config import Config, ObjectiveConfig
 from megatron_nsr.losses.policy_head import HeadOptions, HeadOutputs, policy_head
 from megatron_nsr.losses.shard import VocabularyShard
 from megatron_nsr.losses.terms import LossTerms
+from megatron_nsr.losses.value_head import ValueInputs, ValueOutputs, value_head
 from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.critic import CriticModel, copy_trunk
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import initialize_parallel
-from megatron_nsr.models.policy import Head, build_policy
+from megatron_nsr.models.policy import Head, PolicyModel, build_policy
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
 from megatron_nsr.training.checkpoint_files import is_checkpoint, read_description
 from megatron_nsr.training.checkpoints import load_state
+from megatron_nsr.training.critic import Critic
 from megatron_nsr.training.optimizer import build_optimizer, wrap_data_parallel
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.training.reference import ReferenceWeights
@@ -68,6 +71,24 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
     )
 
 
+def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: list[PolicyModel]) -> Critic:
+    """Builds the critic at the layout of the policy's chunks, with the weights of their trunk and values of zero."""
+    groups = ParallelGroups.current(backend.device)
+    dtype, sharded = DTYPES[config.model.dtype], config.parallel.distributed_optimizer
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, inputs: ValueInputs) -> ValueOutputs:
+        return value_head(hidden, weight, inputs, groups.tensor_group if config.parallel.sequence else None)
+
+    chunks = build_policy(
+        shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=head, model=CriticModel
+    )
+    copy_trunk(chunks, policy)
+    with backend.phase():
+        wrapped = wrap_data_parallel(chunks, distributed_optimizer=sharded)
+        optimizer = build_optimizer(wrapped, config.optimizer, dtype=dtype, distributed_optimizer=sharded)
+    return Critic(chunks, wrapped, optimizer, backend, groups, config.critic, config.objective.kl_coefficient)
+
+
 def build_head(config: Config, shape: ModelShape, groups: ParallelGroups) -> Head:
     """The LM head as a function of hidden states, its weight shard and a micro-batch's inputs and loss terms."""
     options = HeadOptions(training_temperature(config), config.training.head_chunk_tokens, config.model.head_fp8)
@@ -88,7 +109,7 @@ def loss_terms(objective: ObjectiveConfig) -> LossTerms:
         eps_high=objective.eps_high,
         dual_clip=objective.dual_clip,
         entropy_coefficient=objective.entropy_coefficient,
-        kl_coefficient=objective.kl_coefficient,
+        kl_coefficient=0.0 if objective.name == "ppo" else objective.kl_coefficient,  # ppo has it in the reward
         correction_cap=objective.rollout_correction,
     )
 

@@ -121,11 +121,20 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor of 2 or more, not 1"),
+        ("critic.gamma=0.9", "critic.gamma=0.9: only objective.name=ppo has a critic, not nsr"),
+        ("critic.lambda=0", "critic.lambda=0.0: only objective.name=ppo has a critic, not nsr"),
+        ("critic.value_clip=0", "critic.value_clip=0: input should be greater than 0"),
+        ("critic.learning_rat=1", "critic.learning_rat: no such key; did you mean learning_rate?"),
         ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate=1.0 is above optimizer.learning_rate=1e-06"),
     ],
 )
 def test_wrong_input_is_one_line_that_names_the_field(file: Path, override: str, expected: str) -> None:
     assert expected in message(file, override)
+
+
+def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(file: Path) -> None:
+    rates = ("optimizer.learning_rate=1e-3", "optimizer.min_learning_rate=1e-4", "critic.learning_rate=1e-5")
+    assert "optimizer.min_learning_rate=0.0001 is above critic.learning_rate=1e-05" in message(file, "objective.name=ppo", *rates)
 
 
 def test_every_wrong_field_is_named_at_once(file: Path) -> None:
@@ -175,11 +184,20 @@ def test_the_dumped_configuration_reads_back_equal(file: Path, tmp_path: Path) -
     assert "lambda: 0.25" in copy.read_text()  # by the name that users write
 
 
+def test_a_critic_s_settings_read_back_equal(file: Path, tmp_path: Path) -> None:
+    config, copy = load_config(file, ["objective.name=ppo", "critic.lambda=0.95", "critic.value_clip=null"]), tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config and (config.critic.lambda_, config.critic.value_clip) == (0.95, None)
+
+
 def test_defaults_are_the_paper_s() -> None:
     config = parse_config(MINIMAL | {"data": {"template": "plain"}, "objective": {"name": "nsr"}})
     assert (config.data.prompts_per_step, config.rollout.samples_per_prompt, config.objective.mini_batch_prompts) == (1024, 8, 256)
     assert (config.objective.eps_low, config.objective.eps_high, config.objective.entropy_coefficient) == (0.2, 0.2, 1e-4)
     assert (config.objective.lambda_, config.optimizer.learning_rate, config.rollout.temperature) == (0.1, 1e-6, 1.0)
+    critic = config.critic
+    assert (critic.learning_rate, critic.gamma, critic.lambda_, critic.value_clip, critic.warmup_steps) == (1e-5, 1.0, 1.0, 0.5, 0)
+    assert critic.whiten_advantages
 
 
 @pytest.mark.parametrize(

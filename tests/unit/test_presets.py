@@ -32,7 +32,7 @@ def parsed(name: str, **objective: Any) -> Config:
 def test_a_preset_fills_what_is_not_given(name: str, preset: str, expected: tuple[str, str, float]) -> None:
     objective = parsed(name, preset=preset).objective
     assert (objective.aggregation, objective.normalization, objective.entropy_coefficient) == expected
-    assert objective.kl_coefficient == (1e-3 if name == "grpo" else 0.0)  # the paper: KL for GRPO and PPO only
+    assert objective.kl_coefficient == (1e-3 if name in ("grpo", "ppo") else 0.0)  # the paper: KL for GRPO and PPO only
 
 
 def test_what_is_given_wins_over_preset_and_name() -> None:
@@ -92,12 +92,13 @@ def test_what_is_no_configuration_is_left_to_the_schema(objective: Any) -> None:
         ("grpo", {"lambda_schedule": "linear"}, "objective.lambda_schedule=linear: only name=w_reinforce reads it, and name is grpo"),
         ("reinforce", {"negative_ratio": [0.0, 2.0]}, r"objective.negative_ratio=\[0.0, 2.0\]: only name=topr reads it"),
         ("topr", {"positive_ratio": [2.0, 1.0]}, r"objective.positive_ratio=\[2.0, 1.0\]: the lower end comes first"),
+        ("ppo", {"nsr_steps": 3}, "objective.nsr_steps=3: ppo's critic learns from both outcomes from the first step on"),
         ("topr", {"nsr_steps": 3}, "objective.nsr_steps=3: it leads from NSR to an objective with one of the built-in losses"),
         ("rloo", {"eps_high": 0.3}, "objective.eps_high=0.3: it bounds the ratio of form=clipped, and form is reinforce"),
         ("nsr", {"form": "probability", "dual_clip": 3.0}, "objective.dual_clip=3.0: it bounds the ratio of form=clipped"),
         ("supervised", {"kl_coefficient": 0.1}, "objective.kl_coefficient=0.1: it needs rollouts, and name=supervised has none"),
         ("supervised", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it needs rollouts"),
-        ("dapo", {"preset": "paper"}, "objective.preset=paper: it is for psr, nsr, w_reinforce, reinforce, grpo, and name is dapo"),
+        ("dapo", {"preset": "paper"}, "objective.preset=paper: it is for psr, nsr, w_reinforce, reinforce, grpo, ppo, and name is dapo"),
         ("w_reinforce", {"lambda_final": 2.0}, "objective.lambda_final=2.0: it needs lambda_schedule linear or cosine"),
         ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_end_step=0: it must be 1 or more"),
         (

@@ -123,7 +123,7 @@ def test_samples_without_a_verdict_are_neither_kept_nor_dropped() -> None:
 
 def test_an_unknown_objective_lists_the_known_ones() -> None:
     with pytest.raises(
-        UserError, match=r"objective\.name='ppq'.*psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, supervised"
+        UserError, match=r"objective\.name='ppq'.*psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, ppo, supervised"
     ):
         objective("ppq")
     assert all(objective(name) for name in NAMES)

@@ -1,0 +1,81 @@
+"""A model that trains under megatron-core's pipeline schedule: packed micro-batches through its chunks, and optimizer steps.
+
+May import: types, models, training.parallel_groups, megatron-core. The policy (actor.py) and the critic (critic.py) are such models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
+from megatron_nsr.training.parallel_groups import ParallelGroups
+from megatron_nsr.types import TrainBatch
+
+MicroBatches = list[TrainBatch]
+Work = tuple[TrainBatch, Any, LoadBalancing | None]  # the second is what the model hands to its head as labels
+
+
+class ScheduledModel:
+    """Owns the model chunks, their data-parallel wrappers and the optimizer. Every rank calls every method: they contain collectives."""
+
+    def __init__(self, chunks: Sequence[Any], wrapped: Sequence[Any], optimizer: Any, backend: Backend, groups: ParallelGroups) -> None:
+        self.chunks = list(chunks)  # the bare model
+        self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
+
+    def _zero_gradients(self) -> None:
+        with self.backend.phase():
+            for chunk in self.wrapped:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+
+    def _run_schedule(
+        self,
+        micro_batches: Sequence[TrainBatch],
+        labels: Sequence[Any],
+        *,
+        balancing: Sequence[LoadBalancing] | None = None,
+        forward_only: bool,
+    ) -> list[Any]:
+        """The head's outputs for each micro-batch, on last pipeline stages; elsewhere an empty list. Their `loss` is what is minimised."""
+        balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
+        work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
+        several = len(self.wrapped) > 1
+        with self.backend.phase():
+            outputs = get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=[iter(work) for _ in self.wrapped] if several else iter(work),
+                model=self.wrapped if several else self.wrapped[0],
+                num_microbatches=len(work),
+                seq_length=len(micro_batches[0].tokens),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return list(outputs)
+
+    def _optimizer_step(self) -> float:
+        """Returns the gradient norm. Raises FloatingPointError where it is not finite."""
+        with self.backend.phase():
+            _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm}: the update was lost; the last checkpoint is unharmed")
+        return float(grad_norm)
+
+
+def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What megatron-core's schedule calls for each micro-batch and chunk."""
+    batch, labels, balancing = next(work)
+    packing = BalancedPacking(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        balancing=balancing,
+    )
+    output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
+    return output, lambda head: (head.loss, head)
