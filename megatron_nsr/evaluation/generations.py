@@ -71,6 +71,8 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Raises UserError, naming up to three differences, where `directory` holds generations that were made with other values of these."""
     path = directory / "_settings.json"
     if not path.is_file():
+        if any(directory.glob("part_*.parquet")):
+            raise UserError(f"{directory}: holds generations, but no {path.name} to say of what; remove that directory to sample again")
         return
     try:
         kept = dict(json.loads(path.read_text(encoding="utf-8")))

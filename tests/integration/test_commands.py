@@ -103,7 +103,7 @@ def test_a_checkpoint_and_its_export_evaluate_alike_even_after_a_kill(
     assert [row["problem_id"] for row in puzzle] == [problem["id"] for problem in results[10]["benchmarks"]["puzzle"]["problems"]]
     assert {row["weight_version"] for row in puzzle} == {10}
     with pytest.raises(
-        UserError, match=r"eval/step_0/MATH: holds generations of another evaluation: evaluation\.temperature was 0\.3 and is 0\.4"
+        UserError, match=r"eval/step_0/puzzle: holds generations of another evaluation: evaluation\.temperature was 0\.3 and is 0\.4"
     ):
         evaluate(
             load_config(

@@ -22,7 +22,7 @@ def test_the_width_is_that_of_the_mean_s_standard_error() -> None:
 
 def test_it_holds_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(1)
-    draws = generator.random((400, 100)) < 0.3  # 400 benchmarks of 100 problems; each interval is right or not
+    draws = generator.random((100, 100)) < 0.3  # 100 benchmarks of 100 problems; each interval is right or not
     bounds = [interval(draw[:, None].astype(float)) for draw in draws]
     held = np.mean([low[0] <= 0.3 <= high[0] for low, high in bounds])
     assert 0.90 <= held <= 0.98

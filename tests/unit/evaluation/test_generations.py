@@ -188,3 +188,6 @@ def test_damage_is_named(undisturbed: tuple[dict[str, Any], Path]) -> None:
     (directory / "_settings.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match=r"settings\.json: not readable"):
         evaluate(directory, SeedEngine())
+    (directory / "_settings.json").unlink()
+    with pytest.raises(UserError, match=r"holds generations, but no _settings\.json to say of what"):
+        evaluate(directory, SeedEngine())
