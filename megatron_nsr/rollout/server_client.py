@@ -19,7 +19,7 @@ from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 
 CALL_TIMEOUT_S = 600.0  # loading one bucket; sampling has no limit, its server is asked for signs of life instead
 SIGN_OF_LIFE_S = 10.0  # a server that runs answers within
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between tries
+FIRST_PAUSE_S, LONGEST_PAUSE_S, SHORTEST_PAUSE_S = 0.1, 2.0, 0.001  # between tries
 REFUSALS_SHOWN = 300  # characters
 Result = TypeVar("Result")
 
@@ -104,11 +104,11 @@ async def retried(
             if error.answered:
                 raise
             error.since = since = error.since if since is None else since
-            if time.monotonic() + pause > deadline:
+            if (left := deadline - time.monotonic()) < SHORTEST_PAUSE_S:
                 raise
             if pause == FIRST_PAUSE_S:
                 waiting(error)
-        await asyncio.sleep(pause)
+        await asyncio.sleep(min(pause, left))
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
