@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.conversion.importing import import_hf
+from megatron_nsr.conversion.logits import relative_error
 from megatron_nsr.training.checkpoint_files import RUN_FILE
 from tests.tiny_models import tiny_config, tiny_model
 from tools import convert_checkpoint, verify_checkpoint
@@ -271,3 +272,10 @@ def test_a_partial_folder_of_someone_else_is_not_removed(source: Path, tmp_path:
     found = convert("import", source, tmp_path / "out")
     assert found.exit_code == 2 and "no conversion wrote" in found.stderr
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
+
+
+def test_a_nan_is_a_difference_where_one_side_has_it() -> None:
+    one, nan = torch.tensor([1.0, -4.0, 2.0]), torch.tensor([1.0, torch.nan, 2.0])
+    assert relative_error(nan, nan) == relative_error(one, one) == 0
+    assert relative_error(torch.tensor([1.0, torch.nan, 1.5]), nan) == 0.25
+    assert not relative_error(one, nan) <= 1 and not relative_error(nan, one) <= 1
