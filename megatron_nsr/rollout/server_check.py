@@ -95,10 +95,13 @@ def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed
 
 
 async def _require_shared_files(session: aiohttp.ClientSession, server: Server) -> None:
-    with tempfile.NamedTemporaryFile(prefix="megatron_nsr_") as file:
-        file.write(SEEN)
-        file.flush()
-        answers = await server.workers(session, "nsr_sees", file.name, len(SEEN))
+    try:
+        with tempfile.NamedTemporaryFile(prefix="megatron_nsr_") as file:
+            file.write(SEEN)
+            file.flush()
+            answers = await server.workers(session, "nsr_sees", file.name, len(SEEN))
+    except OSError as error:
+        raise UserError(f"TMPDIR, through which weights travel without CUDA, cannot be written: {error}") from None
     if not all(answer["sees"] for answer in answers):
         raise UserError(
             f"{server.name}: it does not see this host's {tempfile.gettempdir()}, through which weights travel without CUDA; "

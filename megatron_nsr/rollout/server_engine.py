@@ -229,8 +229,10 @@ class ServerEngine:
         return [item for item in answers if not isinstance(item, ServerError)]
 
     async def _require_own(self, session: aiohttp.ClientSession, server: Server) -> None:
-        """Raises ServerError where another run has begun a push since this one did."""
+        """Raises ServerError where another run has begun a push since this one did, or the server was started again."""
         owner = (await server.held(session)).owner
+        if owner is None:
+            raise ServerError(server, "was started again and has lost its weights", answered=True)
         if owner != self._name:
             raise ServerError(server, f"another run uses it at the same time: {owner}", answered=True)
 

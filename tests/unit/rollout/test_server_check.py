@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +111,11 @@ def test_a_server_of_another_config_is_refused(serve: Serve, description: dict[s
 
 def test_every_difference_is_named(serve: Serve) -> None:
     assert "model.dtype bfloat16, not float32, room for 1 tokens, not 64;" in refusal(serve(dtype="bfloat16", max_model_len=1))
+
+
+def test_a_temporary_directory_that_takes_no_file_is_named(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert refusal(serve()).startswith("TMPDIR, through which weights travel without CUDA, cannot be written: ")
 
 
 def test_a_server_that_does_not_see_the_trainer_s_files_is_refused(serve: Serve) -> None:

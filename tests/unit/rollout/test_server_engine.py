@@ -229,18 +229,25 @@ def test_all_lost_servers_are_waited_for_once_and_named(monkeypatch: pytest.Monk
     assert "t: there again; the weights are pushed anew\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("owner", "said"),
+    [
+        ("runs/other [1]", r"^s: another run uses it at the same time: runs/other \[1\]$"),
+        (None, "^s: was started again and has lost its weights$"),
+    ],
+)
 @pytest.mark.parametrize("where", [vllm_api.UPDATE, "nsr_checksums"])
-def test_a_server_that_another_run_took_since_is_said_to_be_its_own(where: str) -> None:
+def test_a_server_that_another_run_took_since_or_that_was_started_again_is_called_so(where: str, owner: str | None, said: str) -> None:
     class Taken(FakeServer):
         def _called(self, what: str) -> None:
             if what == where:
-                self.owner = "runs/other [1]"
+                self.owner = owner
                 raise ServerError(self, "status 500: already active", answered=True)
 
     pushing = engine(Taken("s"))
     pushing.load_weights(iter(weights().items()), 1)
     assert pushing.held_checksums() == []
-    with pytest.raises(RolloutsLost, match=r"^s: another run uses it at the same time: runs/other \[1\]$"):
+    with pytest.raises(RolloutsLost, match=said):
         pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
 
 
