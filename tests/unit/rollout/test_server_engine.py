@@ -201,9 +201,6 @@ def test_one_that_may_still_come_is_waited_for_whatever_another_answers(order: i
 
 def test_all_lost_servers_are_waited_for_once_and_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Both are lost in a push; the next two pushes find none, and only the first of them waits."""
-    lost = [FakeServer(name, fails=vllm_api.PAUSE) for name in "st"]
-    pushing = engine(*lost, timeout_s=5.0)
-    pushing.load_weights(iter(weights().items()), 1)
     clock, tries = [time.monotonic()], []
 
     async def sleep(pause: float) -> None:
@@ -212,6 +209,9 @@ def test_all_lost_servers_are_waited_for_once_and_named(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(server_client.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(server_client.asyncio, "sleep", sleep)
+    lost = [FakeServer(name, fails=vllm_api.PAUSE) for name in "st"]
+    pushing = engine(*lost, timeout_s=5.0)
+    pushing.load_weights(iter(weights().items()), 1)
     for server in lost:
         server.fails = "nsr_describe"
     capsys.readouterr()
