@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from megatron_nsr.platform.quiet import ignore_library_warnings
-from megatron_nsr.types import UserError
+from megatron_nsr.types import RolloutsLost, UserError
 
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 RANK_0_SPEAKS_FIRST_S = 1.0  # torchrun looks at its processes every 0.1 s
@@ -197,12 +197,15 @@ def main() -> None:
 
 
 def _exit(work: Callable[[], int]) -> None:
-    """Ends the process with the status of `work`: no traceback for wrong input, one for a failure."""
+    """Ends the process with the status of `work`: no traceback for wrong input and lost servers, one for any other failure."""
     try:
         status = work()
     except UserError as error:
         _say(str(error), rank=int(os.environ.get("RANK", "0")))
         status = WRONG_INPUT
+    except RolloutsLost as error:
+        _say(str(error), rank=int(os.environ.get("RANK", "0")))
+        status = FAILED
     except Exception:
         traceback.print_exc()
         status = FAILED

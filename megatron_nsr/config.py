@@ -5,12 +5,13 @@ May import: types, presets, objective_fields. Whatever is wrong in a file or an 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
 
 from megatron_nsr.objective_fields import check_objective
@@ -21,9 +22,18 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
-Address = Annotated[str, Field(pattern=r"^https?://[^/\s:]+:[0-9]+/?$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Range = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+
+
+def _address(url: str) -> str:
+    """The one spelling of a server's address."""
+    if not re.fullmatch(r"https?://[^/\s:]+:[0-9]+/?", url):
+        raise ValueError("an address looks like http://host:port")
+    return url.rstrip("/")
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class Section(BaseModel):
@@ -407,13 +417,14 @@ def _defaults(section: type[Section]) -> dict[str, Any]:
 
 def _describe(item: Any) -> str:
     """One pydantic error as `field=value: what would be right`."""
-    field = ".".join(str(part) for part in item["loc"])
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
     if item["type"] == "extra_forbidden":
         return f"{field}: no such key{_nearest(item['loc'])}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        problem = str(item["ctx"]["error"])
+        return f"{field}={item['input']!r}: {problem}" if field else problem
     return f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

@@ -96,7 +96,7 @@ def reporting_state(run: RunDirectory) -> Iterator[Progress]:
 
 def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> Loggers:
     settings = config.logging
-    return build_loggers(
+    loggers = build_loggers(
         run,
         rank=distributed.rank(),
         title=Path(config.run.dir).name,
@@ -107,6 +107,7 @@ def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> 
         wandb_project=settings.wandb_project,
         config=flat_config(config),
     )
+    return Loggers((loggers, StateLogger(run))) if distributed.rank() == 0 else loggers
 
 
 def check_gap(metrics: Mapping[str, float], area: str, bound: float | None) -> None:
@@ -119,6 +120,18 @@ def check_gap(metrics: Mapping[str, float], area: str, bound: float | None) -> N
             f"{area}/logprob_gap_max is {gap:.3g}, above rollout.max_logprob_gap={bound:.3g}: the engine does not hold the "
             "policy's weights, or computes too differently; nothing of this step was saved"
         )
+
+
+class StateLogger:
+    """Keeps the step in RUN/state.json."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+
+    def log(self, metrics: StepMetrics) -> None:
+        write_state(self._run, "running", metrics.step)
+
+    def close(self) -> None: ...
 
 
 class Recorder:

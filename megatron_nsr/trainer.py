@@ -24,11 +24,10 @@ from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state
-from megatron_nsr.rollout.engine import RolloutsLost
 from megatron_nsr.training.checkpoint_files import newest_checkpoint
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.schedule import learning_rate
-from megatron_nsr.types import Prompt, StepMetrics
+from megatron_nsr.types import Prompt, RolloutsLost, StepMetrics
 
 Result = TypeVar("Result")
 
@@ -78,10 +77,11 @@ class Trainer:
         """Raises RolloutsLost where no rollout server is left, after a checkpoint of the last complete step."""
         try:
             return self._steps(loggers)
-        except RolloutsLost:
+        except RolloutsLost as error:
             if self.checkpointed < self.step:
                 self._checkpoint(self.metrics)
-            raise
+            kept = f"a checkpoint of step {self.step} is written" if self.step else "no step is complete yet"
+            raise RolloutsLost(f"{error}; {kept}, and the same command goes on") from None
 
     def _steps(self, loggers: MetricLogger) -> Status:
         device = self.parts.actor.groups.device

@@ -21,6 +21,13 @@ class UserError(Exception):
     """The user's input is wrong. The message names the field, its value and what would be right; exit status 2."""
 
 
+class RolloutsLost(RuntimeError):
+    """No engine is left that holds the weights: they must be pushed again before anything is sampled. Raised on every rank alike.
+
+    The message names the servers and what happened to each; exit status 1, without a traceback.
+    """
+
+
 class Outcome(str, Enum):
     """What a grader says of a response. Only `correct` and `wrong` train; `none` is masked and counted."""
 

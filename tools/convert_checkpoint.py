@@ -1,7 +1,4 @@
-"""Converts between Hugging Face directories and checkpoints. Exit status: 0 done; 1 not written (a full disk); 2 wrong input.
-
-May import: megatron_nsr, typer. Also: torchrun --nproc-per-node N tools/convert_checkpoint.py ..., which shares the work.
-"""
+"""Converts between Hugging Face directories and checkpoints. May import: megatron_nsr, typer."""
 
 from __future__ import annotations
 
@@ -15,12 +12,21 @@ from megatron_nsr.config import ParallelConfig
 from megatron_nsr.conversion.command import exit_with
 from megatron_nsr.conversion.exporting import export_hf
 from megatron_nsr.conversion.importing import import_hf
+from megatron_nsr.platform import distributed
+from megatron_nsr.platform.model_files import has_tokenizer
 from megatron_nsr.types import UserError
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 Ranks = Annotated[int, typer.Option(min=1)]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Converts between Hugging Face directories and checkpoints.
+
+Exit status: 0 done; 1 not written (a full disk); 2 wrong input.
+
+Over N processes: torchrun --nproc-per-node N tools/convert_checkpoint.py ...
+"""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 
 
 @app.command("import")
@@ -35,7 +41,11 @@ def import_(
     """Hugging Face to a checkpoint, in the pieces that ranks of the layout load; any other layout loads it too."""
 
     def work() -> int:
+        if virtual > 1 and pipeline == 1:
+            raise UserError(f"--virtual={virtual} needs --pipeline of 2 or more, not 1")
         import_hf(hf_dir, out, ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert))
+        if distributed.launched_rank() == 0 and not has_tokenizer(out):
+            print(f"{out}: weights without a tokenizer, as {hf_dir} has none; put one there before it stands as model.path")
         return 0
 
     exit_with(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from megatron_nsr.conversion.parts import OutputError
 from megatron_nsr.platform import distributed
 from megatron_nsr.types import UserError
 
+OPTIONS = {"virtual_pipeline": "virtual"}  # where an option has another name than the config key
 RANK_0_SPEAKS_FIRST_S = 1.0  # torchrun ends the others once rank 0 has left, before they repeat it
 
 
@@ -20,7 +22,7 @@ def exit_with(work: Callable[[], int]) -> None:
     try:
         status = work()
     except UserError as error:
-        status = _say(str(error).removeprefix("model.path="), 2)
+        status = _say(_in_the_tools_words(str(error)), 2)
     except OutputError as error:
         status = _say(str(error), 1)
     sys.stdout.flush()
@@ -29,6 +31,12 @@ def exit_with(work: Callable[[], int]) -> None:
         os._exit(status)  # must not wait for the others in a teardown
     distributed.destroy()
     raise SystemExit(status)
+
+
+def _in_the_tools_words(problem: str) -> str:
+    """Names what stands on the command line instead of a config's keys."""
+    options = re.sub(r"\bparallel\.(\w+)", lambda key: f"--{OPTIONS.get(key[1], key[1])}", problem)
+    return options.removeprefix("model.path=")
 
 
 def _say(problem: str, status: int) -> int:

@@ -16,7 +16,8 @@ from megatron_nsr.conversion.parts import Part, make_folder
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.platform.model_files import copy_tokenizer
-from megatron_nsr.training.checkpoint_files import write_description
+from megatron_nsr.training.checkpoint_files import is_checkpoint, write_description
+from megatron_nsr.types import UserError
 from megatron_nsr.weights.checkpoint_pieces import CheckpointPart, part_bytes, part_pieces, plan_parts, stage_ranks
 from megatron_nsr.weights.loading import check_hf_headers
 from megatron_nsr.weights.safetensors_files import SafetensorsDirectory
@@ -30,6 +31,10 @@ def import_hf(source: Path, target: Path, parallel: ParallelConfig) -> None:
     Any other layout loads it as well. It holds weights only, in their own dtype. Memory: one parameter's shard. Raises UserError naming
     what is wrong with the input before anything is written, and OutputError.
     """
+    if is_checkpoint(source):
+        raise UserError(
+            f"{source}: already a checkpoint, which training reads as it is, at any layout; `export` makes it a Hugging Face directory"
+        )
     shape = read_model_shape(str(source))
     # Sequence parallelism, which a model with experts asks for, moves no weights.
     validate_layout(parallel.model_copy(update={"sequence": parallel.tensor > 1}), shape, stage_ranks(parallel) * parallel.pipeline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,16 @@ def logit_error(checkpoint: Path, hf: Path) -> float:
     tokens = torch.randint(0, shape.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     theirs = _hf_logits(hf, tokens)
     mine = _checkpoint_logits(checkpoint, tokens)[:, : shape.vocab_size]
-    return float((mine - theirs).abs().max() / theirs.abs().max())
+    return relative_error(mine, theirs)
+
+
+def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference over the largest finite value of `theirs`; NaN where one side alone is NaN, as that is no rounding."""
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    scale = theirs[theirs.isfinite()].abs()
+    if bool(same.all()):
+        return 0.0
+    return float((mine - theirs)[~same].abs().max() / scale.max()) if scale.numel() else math.inf
 
 
 @torch.no_grad()

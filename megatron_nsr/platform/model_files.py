@@ -31,6 +31,10 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    return any((Path(directory) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 def read_json(directory: str | Path, name: str) -> dict[str, Any] | None:
     """The object in a file of a model directory; None where there is no such file. Raises UserError naming model.path otherwise."""
     file = Path(directory) / name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 
 def ignore_library_warnings() -> None:
     """Hides Python warnings raised inside megatron-core, vLLM and torch; their errors and ours still show."""
+    # vLLM logs it in every process on a machine without a GPU
+    logging.getLogger("vllm.triton_utils.importing").addFilter(lambda record: "doesn't include CPU backend" not in record.getMessage())
     for package in ("megatron", "vllm", "torch"):
         warnings.filterwarnings("ignore", module=rf"{package}\.")
     # torch's reader of checkpoints raises it under our CPU patch's name (torch 2.13.0)

@@ -1,6 +1,6 @@
 """Samples drawn ahead of the step that trains on them, in a thread, while the step before trains.
 
-May import: this package and the standard library.
+May import: types, this package and the standard library.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_nsr.rollout.engine import Completion, RolloutEngine, RolloutsLost, SampleRequest, Sampling
+from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
+from megatron_nsr.types import RolloutsLost
 
 
 @dataclass(frozen=True, slots=True)

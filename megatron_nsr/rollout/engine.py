@@ -13,11 +13,6 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-
-class RolloutsLost(RuntimeError):
-    """No engine is left that holds the weights: they must be pushed again before anything is sampled. Raised on every rank alike."""
-
-
 Region = tuple[str, int, int]  # part of a weight: HF name, the first row and the first column of the whole tensor in it
 
 

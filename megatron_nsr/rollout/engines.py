@@ -44,6 +44,7 @@ def build_engine(config: Config, shape: ModelShape, server_weights: frozenset[st
     if rollout.mode == "server":
         return ServerEngine(
             _servers(config),
+            run=config.run.dir,
             names=server_weights,
             tied=shape.tie_embeddings,
             vocabulary=shape.vocab_size,

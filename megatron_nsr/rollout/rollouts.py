@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from megatron_nsr.platform.distributed import TIMEOUT
 from megatron_nsr.rollout.ahead import Ahead
-from megatron_nsr.rollout.engine import Completion, RolloutEngine, RolloutsLost, SampleRequest, Sampling
+from megatron_nsr.rollout.engine import Completion, RolloutEngine, SampleRequest, Sampling
 from megatron_nsr.rollout.held_weights import wrong_tensors
 from megatron_nsr.rollout.pushed_weights import few
 from megatron_nsr.rollout.seeds import Purpose, sample_seed
-from megatron_nsr.types import Prompt, Trajectory
+from megatron_nsr.types import Prompt, RolloutsLost, Trajectory
 
 Verification = Literal["always", "first", "never"]
 Checksums = Callable[[torch.dtype], Mapping[str, int]]

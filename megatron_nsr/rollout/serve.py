@@ -1,4 +1,4 @@
-"""`megatron-nsr serve`: one rollout server, vLLM's API server with what a trainer needs of it.
+"""`megatron-nsr serve`: one rollout server, vLLM's API server with what a trainer needs of it (api_server.py is its process).
 
 May import: config, types, models, this package, torch.
 """
@@ -15,8 +15,9 @@ import torch
 
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import read_model_shape
+from megatron_nsr.rollout import api_server
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT, WorkerExtension
-from megatron_nsr.rollout.vllm_api import API_SERVER, version_arguments
+from megatron_nsr.rollout.vllm_api import version_arguments
 from megatron_nsr.rollout.vllm_environment import prepare_environment
 from megatron_nsr.rollout.vllm_options import cpu_options, longest_sequence
 from megatron_nsr.types import UserError
@@ -29,7 +30,7 @@ def serve(config: Config, *, host: str, port: int) -> None:
     """
     on_cpu = not torch.cuda.is_available()
     prepare_environment(on_cpu=on_cpu, in_process=False)
-    command = [sys.executable, "-m", API_SERVER, "--host", host, "--port", str(port), *server_arguments(config, on_cpu=on_cpu)]
+    command = [sys.executable, "-m", api_server.__name__, "--host", host, "--port", str(port), *server_arguments(config, on_cpu=on_cpu)]
     os.execv(sys.executable, command)
 
 

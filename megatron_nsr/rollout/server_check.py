@@ -18,6 +18,7 @@ from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.types import UserError
 
 START = "start it with `megatron-nsr serve CONFIG --port PORT`"
+NOT_FOR_SAMPLING = ("initializer_range",)  # fields of a model that may differ
 SEEN = b"megatron_nsr"  # what a file holds by which a server shows that it sees the trainer's files
 
 
@@ -44,6 +45,7 @@ def check_servers(servers: Sequence[Server], needed: Needed, timeout_s: float) -
 async def _check(servers: Sequence[Server], needed: Needed, timeout_s: float) -> frozenset[str]:
     async with new_session() as session:
         described = await asyncio.gather(*(_describe(session, server, timeout_s) for server in servers))
+        _refuse_twice(servers, described)
         for server, workers in zip(servers, described, strict=True):
             compare(server, workers, needed)
         if needed.transport == FILE_TRANSPORT:
@@ -52,8 +54,15 @@ async def _check(servers: Sequence[Server], needed: Needed, timeout_s: float) ->
     return frozenset(described[0][0]["names"])
 
 
+def _refuse_twice(servers: Sequence[Server], described: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    first: dict[str, Server] = {}
+    for server, workers in zip(servers, described, strict=True):
+        if (other := first.setdefault(workers[0]["identity"], server)) is not server:
+            raise UserError(f"{other.name} and {server.name} are the same server; name it once")
+
+
 async def _describe(session: aiohttp.ClientSession, server: Server, timeout_s: float) -> list[dict[str, Any]]:
-    def tell() -> None:
+    def tell(_error: ServerError) -> None:
         print(f"{server.name}: waiting for it, up to {timeout_s:g} s ...", flush=True)
 
     try:
@@ -72,7 +81,11 @@ def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed
         "rollout.tensor_parallel": (len(workers), needed.workers),
         "logprobs_mode": (first["logprobs_mode"], "processed_logprobs"),
         "weight transfer backend": (first["transport"], needed.transport),
-        **{f"the model's {field}": (first["model"].get(field), value) for field, value in needed.model.items()},
+        **{
+            f"the model's {field}": (first["model"].get(field), value)
+            for field, value in needed.model.items()
+            if field not in NOT_FOR_SAMPLING
+        },
     }
     differences = [f"{what} {theirs}, not {ours}" for what, (theirs, ours) in pairs.items() if theirs != ours]
     if first["max_model_len"] < needed.max_model_len:
@@ -82,10 +95,13 @@ def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed
 
 
 async def _require_shared_files(session: aiohttp.ClientSession, server: Server) -> None:
-    with tempfile.NamedTemporaryFile(prefix="megatron_nsr_") as file:
-        file.write(SEEN)
-        file.flush()
-        answers = await server.workers(session, "nsr_sees", file.name, len(SEEN))
+    try:
+        with tempfile.NamedTemporaryFile(prefix="megatron_nsr_") as file:
+            file.write(SEEN)
+            file.flush()
+            answers = await server.workers(session, "nsr_sees", file.name, len(SEEN))
+    except OSError as error:
+        raise UserError(f"TMPDIR, through which weights travel without CUDA, cannot be written: {error}") from None
     if not all(answer["sees"] for answer in answers):
         raise UserError(
             f"{server.name}: it does not see this host's {tempfile.gettempdir()}, through which weights travel without CUDA; "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,25 +19,37 @@ from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 
 CALL_TIMEOUT_S = 600.0  # loading one bucket; sampling has no limit, its server is asked for signs of life instead
 SIGN_OF_LIFE_S = 10.0  # a server that runs answers within
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # between tries
+FIRST_PAUSE_S, LONGEST_PAUSE_S, SHORTEST_PAUSE_S = 0.1, 2.0, 0.001  # between tries
 REFUSALS_SHOWN = 300  # characters
 Result = TypeVar("Result")
 
 
 class ServerError(Exception):
-    """A server did not do what it was asked. `answered`: it said so itself; otherwise it could not be reached."""
+    """A server did not do what it was asked. `answered`: it said so itself; otherwise it cannot be reached, since `since` (monotonic)."""
 
     def __init__(self, server: Server, problem: str, *, answered: bool = False) -> None:
         super().__init__(f"{server.name}: {problem}")
-        self.answered = answered
+        self.server, self.answered, self.since = server, answered, time.monotonic()
+
+
+class ServersLost(Exception):
+    """No server is left; what happened to each."""
+
+    def __init__(self, problems: Sequence[ServerError]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Which process a server is, and the label of the weights it holds; a server that was started again is another one."""
+    """Which process a server is, the label of the weights it holds, and the run that began the last push to it.
+
+    A server that was started again is another process.
+    """
 
     identity: str
     label: str | None
+    owner: str | None = None
 
 
 class Server:
@@ -68,29 +81,34 @@ class Server:
     async def held(self, session: aiohttp.ClientSession) -> Held:
         """Raises ServerError, soon where it cannot be reached."""
         first = (await self.workers(session, "nsr_held", timeout_s=SIGN_OF_LIFE_S))[0]
-        return Held(first["identity"], first["label"])
+        return Held(first["identity"], first["label"], first["owner"])
 
     async def generate(self, session: aiohttp.ClientSession, request: SampleRequest, sampling: Sampling) -> list[Completion]:
         """Samples the responses of one request. Raises ServerError, RuntimeError for an answer that makes no sense."""
         return vllm_api.read_completions(await self.call(session, vllm_api.GENERATE, vllm_api.generate_body(request, sampling)), request.n)
 
 
-async def retried(call: Callable[[], Awaitable[Result]], timeout_s: float, *, waiting: Callable[[], None] = lambda: None) -> Result:
+async def retried(
+    call: Callable[[], Awaitable[Result]], timeout_s: float, *, waiting: Callable[[ServerError], None] = lambda error: None
+) -> Result:
     """The call's result, tried again while the server cannot be reached, for `timeout_s`; `waiting` is told of the first failure.
 
-    Raises the last ServerError; one that the server answered itself at once.
+    Raises the last ServerError, whose `since` is then that of the first; one that the server answered itself at once.
     """
-    loop = asyncio.get_running_loop()
-    deadline, pause = loop.time() + timeout_s, FIRST_PAUSE_S
+    since: float | None = None
+    deadline, pause = time.monotonic() + timeout_s, FIRST_PAUSE_S
     while True:
         try:
             return await call()
         except ServerError as error:
-            if error.answered or loop.time() + pause > deadline:
+            if error.answered:
                 raise
-        if pause == FIRST_PAUSE_S:
-            waiting()
-        await asyncio.sleep(pause)
+            error.since = since = error.since if since is None else since
+            if (left := deadline - time.monotonic()) < SHORTEST_PAUSE_S:
+                raise
+            if pause == FIRST_PAUSE_S:
+                waiting(error)
+        await asyncio.sleep(min(pause, left))
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 

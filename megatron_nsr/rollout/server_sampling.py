@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from megatron_nsr.rollout.engine import Completion, RolloutsLost, SampleRequest, Sampling
-from megatron_nsr.rollout.server_client import SIGN_OF_LIFE_S, Held, ServerError, new_session, retried
+from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.server_client import SIGN_OF_LIFE_S, ServerError, ServersLost, new_session, retried
 
 if TYPE_CHECKING:
     from megatron_nsr.rollout.server_engine import Member
@@ -29,7 +29,7 @@ async def sample_on_servers(
 
     label: of the weights that the servers were given. A server that cannot be reached is waited for; one that then turns out to have
     been started again, or to hold other weights, is lost, as is one that answers with an error. It is asked before its first response
-    and after its last: one that was lost in between gave responses that cannot be trusted. Raises RolloutsLost where all are lost.
+    and after its last: one that was lost in between gave responses that cannot be trusted. Raises ServersLost where all are lost.
     """
     work = _Work(label, requests, sampling, timeout_s)
     async with new_session() as session, _cancelled_at_the_end() as start:
@@ -43,7 +43,7 @@ async def sample_on_servers(
                     task.result()  # raises where an answer made no sense
                 servers -= ended
             if not everything.done():
-                raise RolloutsLost("; ".join(work.problems))
+                raise ServersLost(list(work.problems.values()))
             for member in await work.doubtful(session):
                 serving.pop(member).cancel()
                 work.take_back(member)
@@ -74,7 +74,8 @@ class _Work:
         self.label, self.requests, self.sampling, self.timeout_s = label, requests, sampling, timeout_s
         self.answers: list[list[Completion]] = [[] for _ in requests]
         self.givers: dict[int, Member] = {}  # who gave which of the answers
-        self.problems: list[str] = []
+        self.problems: dict[str, ServerError] = {}  # the last of each lost server, by its name
+        self.waited_for: set[str] = set()
         self.left: asyncio.Queue[int] = asyncio.Queue()
         for index in range(len(requests)):
             self.left.put_nowait(index)
@@ -89,7 +90,7 @@ class _Work:
         problems = await asyncio.gather(*(self._check(session, member) for member in members), return_exceptions=True)
         for problem in problems:
             if isinstance(problem, ServerError):
-                self.problems.append(str(problem))
+                self._note(problem)
             elif problem is not None:
                 raise problem
         return [member for member, problem in zip(members, problems, strict=True) if problem is not None]
@@ -106,7 +107,7 @@ class _Work:
         try:
             await self._require(session, member)
         except ServerError as error:
-            self.problems.append(str(error))
+            self._note(error)
             return
         async with _cancelled_at_the_end() as start:
             tasks = {start(self._take(session, member)) for _ in range(min(width, len(self.requests)))}
@@ -116,7 +117,7 @@ class _Work:
                 for task in ended:
                     task.result()
             except ServerError as error:
-                self.problems.append(str(error))
+                self._note(error)
 
     async def _take(self, session: aiohttp.ClientSession, member: Member) -> None:
         interruptions = 0
@@ -142,11 +143,25 @@ class _Work:
 
     async def _require(self, session: aiohttp.ClientSession, member: Member) -> None:
         """Raises ServerError unless the server is there, perhaps after a while, with the weights that it was given."""
-        await retried(lambda: self._check(session, member), self.timeout_s)
+        name = member.server.name
+
+        def tell(error: ServerError) -> None:
+            if name not in self.waited_for:
+                self.waited_for.add(name)
+                print(f"{error}; waiting for it, up to {self.timeout_s:g} s", flush=True)
+
+        await retried(lambda: self._check(session, member), self.timeout_s, waiting=tell)
+        if name in self.waited_for:
+            self.waited_for.discard(name)
+            print(f"{name}: there again, with its weights", flush=True)
 
     async def _check(self, session: aiohttp.ClientSession, member: Member) -> None:
         held = await member.server.held(session)
         if held.identity != member.identity:
             raise ServerError(member.server, "was started again and has lost its weights", answered=True)
-        if held != Held(member.identity, self.label):
-            raise ServerError(member.server, "holds other weights: another run uses it, too", answered=True)
+        if held.label != self.label:
+            whose = f" ({held.owner})" if held.owner else ""
+            raise ServerError(member.server, f"holds other weights: another run uses it, too{whose}", answered=True)
+
+    def _note(self, problem: ServerError) -> None:
+        self.problems[problem.server.name] = problem

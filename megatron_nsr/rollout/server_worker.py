@@ -56,16 +56,17 @@ class WorkerExtension:
         }
 
     def nsr_held(self) -> dict[str, Any]:
-        """Which process this is, and what its weights are called: None before the first push, during one and after a failed one."""
+        """Which process this is, what its weights are called (None before the first push, during one and after a failed one), and whose."""
         if not hasattr(self, "_nsr_identity"):
             self._nsr_identity: str = uuid4().hex
             self._nsr_weights: str | None = None
-        return {"identity": self._nsr_identity, "label": self._nsr_weights}
+            self._nsr_owner: str | None = None
+        return {"identity": self._nsr_identity, "label": self._nsr_weights, "owner": self._nsr_owner}
 
-    def nsr_label(self, label: str | None) -> None:
-        """Remembers what the weights are; None before a push, which ends one that a killed trainer left open."""
+    def nsr_label(self, label: str | None, owner: str) -> None:
+        """Remembers what the weights are and which run's; None before a push, which ends one that a killed trainer left open."""
         self.nsr_held()
-        self._nsr_weights = label
+        self._nsr_weights, self._nsr_owner = label, owner
         if label is None and self._weight_update_active:
             self.finish_weight_update()
         if label is None and not torch.cuda.is_available():

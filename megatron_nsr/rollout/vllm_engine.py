@@ -1,6 +1,6 @@
 """vLLM in this process as a rollout engine: one a rank, or one over consecutive ranks (external launcher).
 
-May import: types, this package, torch, transformers and, in functions only (its import takes seconds), vllm.
+May import: types, models, this package, torch, transformers and, in functions only (its import takes seconds), vllm.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.rollout.engine import Completion, Region, SampleRequest, Sampling
 from megatron_nsr.rollout.held_weights import HeldPart, held_checksums, held_parts
 from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
 from megatron_nsr.rollout.vllm_api import read_completion, sampling_fields
 from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
 from megatron_nsr.rollout.vllm_experts import repack_at_next_reload
-from megatron_nsr.rollout.vllm_options import cpu_options
+from megatron_nsr.rollout.vllm_options import check_head_size, cpu_options
 from megatron_nsr.types import UserError
 
 
@@ -42,7 +43,7 @@ class VllmEngine:
     config.json: the weights come with the first push. `kv_cache_mib` None sizes the cache from `gpu_memory_utilization`
     (on CPU: of the machine's memory). On CPU the engine is always eager.
 
-    Raises UserError where `tensor_parallel` does not fit.
+    Raises UserError where `tensor_parallel` does not fit, or vLLM has no attention for the model on a CPU.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class VllmEngine:
         prepare_environment(on_cpu=on_cpu, in_process=True)
         from vllm import LLM
 
+        if on_cpu:
+            check_head_size(read_model_shape(str(model_dir)).head_dim)
         # vLLM's CPU backend repacks the head's weight; a reload renews the embedding but not the packed copy of a tied head
         # (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, 0.32.0): there the head is a tensor of its own
         self._copy_embedding = on_cpu and bool(config.tie_word_embeddings)

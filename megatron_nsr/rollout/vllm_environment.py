@@ -25,6 +25,8 @@ def prepare_environment(*, on_cpu: bool, in_process: bool) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     else:
         os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the endpoints through which weights come
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of vLLM and torch about themselves, repeated by every process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # no telemetry: vLLM would report each start over the network
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # its start-up lines (about 60 a rank) would bury the run's own log

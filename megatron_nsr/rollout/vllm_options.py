@@ -1,6 +1,6 @@
 """Engine settings that the engine in the trainer and a rollout server share.
 
-May import: config.
+May import: config, types; vLLM only in functions.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_nsr.config import Config
+from megatron_nsr.types import UserError
 
 CPU_BATCHED_TOKENS = 4096  # tokens of one forward pass
 
@@ -23,3 +24,18 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
     # A prompt split over two passes makes vLLM turn back the generator of a seeded request, which raises on CPU: "CPU Generator
     # does not use offset" (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync, 0.32.0). So prompts are never split.
     return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len)}
+
+
+def check_head_size(head_dim: int) -> None:
+    """Raises UserError where vLLM's attention on a CPU has no kernel for heads of that size; it would tell when it first samples.
+
+    Imports vLLM.
+    """
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in sizes:
+        raise UserError(
+            f"model.path: config.json: head_dim={head_dim} (hidden_size / num_attention_heads unless it is given): vLLM samples on a CPU "
+            f"with heads of {', '.join(map(str, sizes))} only"
+        )

@@ -10,7 +10,8 @@ from typing import Any
 from megatron_nsr.types import UserError
 
 RUN_FILE = "run.json"
-REMEDY = "restore it from a copy, point `latest` at an older step, or choose another run.dir"
+RESUME_REMEDY = "restore it from a copy, point `latest` at an older step, or choose another run.dir"
+REMEDY = "restore it from a copy, or give another checkpoint"
 FORMAT = 2  # of everything in a step_N; 1 had the optimizer's state in megatron-core's own forms
 
 
@@ -20,17 +21,20 @@ def newest_checkpoint(directory: Path) -> Path | None:
     if not link.is_symlink():
         return None
     found = link.resolve()
-    read_description(found)
+    read_description(found, RESUME_REMEDY)
     return found
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """A checkpoint's run.json. Raises UserError where it is of another format, or a file is missing or has another size than it had."""
+def read_description(path: Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """A checkpoint's run.json. Raises UserError where it is of another format, or a file is missing or has another size than it had.
+
+    remedy: what may be done about it.
+    """
     try:
         description: dict[str, Any] = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
         expected = description["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: {RUN_FILE} cannot be read ({type(error).__name__}); {REMEDY}") from None
+        raise UserError(f"checkpoint {path}: {RUN_FILE} cannot be read ({type(error).__name__}); {remedy}") from None
     if (written := description.get("format", 1)) != FORMAT:
         raise UserError(
             f"checkpoint {path}: its format is {written}, and this version of megatron_nsr reads {FORMAT}; "
@@ -39,9 +43,9 @@ def read_description(path: Path) -> dict[str, Any]:
     found = _sizes(path)
     for name, size in expected.items():
         if name not in found:
-            raise UserError(f"checkpoint {path}: the file {name} is missing; {REMEDY}")
+            raise UserError(f"checkpoint {path}: the file {name} is missing; {remedy}")
         if found[name] != size:
-            raise UserError(f"checkpoint {path}: the file {name} has {found[name]} bytes, not {size}; {REMEDY}")
+            raise UserError(f"checkpoint {path}: the file {name} has {found[name]} bytes, not {size}; {remedy}")
     return description
 
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.model_files import copy_tokenizer
-from megatron_nsr.training.checkpoint_files import REMEDY, newest_checkpoint, read_description, write_description
+from megatron_nsr.training.checkpoint_files import REMEDY, RESUME_REMEDY, newest_checkpoint, read_description, write_description
 from megatron_nsr.training.optimizer_state import OptimizerState
 from megatron_nsr.training.scheduled_model import ScheduledModel
 from megatron_nsr.types import UserError
@@ -107,15 +107,15 @@ class Checkpoints:
 
         On another number of ranks the generators start afresh: nothing that trains draws from them.
         """
-        description = read_description(path)
+        description = read_description(path, RESUME_REMEDY)
         load_state(path / "state", wrapped, optimizer, backend)
         if critic:
             load_state(path / "critic", critic.wrapped, critic.optimizer, backend)
         if description["world_size"] == distributed.world_size():
-            with _readable(path):
+            with _readable(path, RESUME_REMEDY):
                 set_rng_state(torch.load(path / "rng" / f"rank_{distributed.rank()}.pt", weights_only=False))
         ahead = path / AHEAD_FILE
-        with _readable(path):
+        with _readable(path, RESUME_REMEDY):
             return description | {"ahead": torch.load(ahead, weights_only=False) if ahead.is_file() else None}
 
     def point_best(self, ranking: Sequence[int]) -> None:
@@ -160,7 +160,7 @@ def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend:
 
 def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, backend: Backend) -> None:
     """Fills the model, and the optimizer where one is given, from a checkpoint written at any layout."""
-    with backend.phase(), _readable(directory):
+    with backend.phase(), _readable(directory, REMEDY if optimizer is None else RESUME_REMEDY):
         state = _model_state(wrapped)
         optimizer_state = None if optimizer is None else OptimizerState(optimizer, state)
         if optimizer_state is not None:
@@ -219,14 +219,14 @@ def _with_extra_state(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _readable(directory: Path) -> Iterator[None]:
+def _readable(directory: Path, remedy: str) -> Iterator[None]:
     """Turns the reader's errors about broken files into a message that names the checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError:  # a RuntimeError, and no damage
         raise
     except DAMAGE as error:
-        raise UserError(f"checkpoint {directory}: cannot be read ({_cause(error)}); {REMEDY}") from error
+        raise UserError(f"checkpoint {directory}: cannot be read ({_cause(error)}); {remedy}") from error
 
 
 def _cause(error: BaseException) -> str:

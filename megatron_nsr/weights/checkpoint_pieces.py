@@ -99,11 +99,13 @@ def check_checkpoint(reader: TorchDistReader, shape: ModelShape) -> None:
             raise UserError(f"checkpoint {reader.directory}: no tensor {key}, which holds {names} of this {shape.family} model")
         counts = _leading(layer, entry, shape)[1]
         if sizes[key][: len(counts)] != counts or not _fits(entry, sizes[key][len(counts) :], shape):
-            raise UserError(f"checkpoint {reader.directory}: {key} has shape {sizes[key]}, but config.json asks for another ({names})")
+            asked = counts + _whole(entry, shape, tensor=1)
+            raise UserError(f"checkpoint {reader.directory}: {key} has shape {sizes[key]}, but config.json asks for {asked} ({names})")
         known.add(key)
     unknown = [key for key in sizes if key not in known and not key.startswith(OPTIMIZER_PREFIX)]
     if unknown:
-        raise UserError(f"checkpoint {reader.directory}: {unknown[0]} is no part of a {shape.family} model of {shape.num_layers} layers")
+        which = f"{unknown[0]} is" if len(unknown) == 1 else f"{unknown[0]} and {len(unknown) - 1} more are"
+        raise UserError(f"checkpoint {reader.directory}: {which} no part of a {shape.family} model of {shape.num_layers} layers")
 
 
 def _fits(entry: Entry, size: Sizes, shape: ModelShape) -> bool:

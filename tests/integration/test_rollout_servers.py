@@ -95,7 +95,12 @@ def test_a_run_that_loses_all_servers_keeps_its_last_step_and_goes_on_with_new_o
     wait_until(lambda: steps_logged(run) >= 1, started, "step 1")
     server.kill()
     output = finished(started, 1)
-    assert f"rollout.servers[0]={server.url}: " in output and state(run)["status"] == "failed"
+    assert "Traceback" not in output and state(run)["status"] == "failed"
+    last = output.splitlines()[-1]
+    assert (
+        last.startswith(f"megatron-nsr: rollout.servers[0]={server.url}: ") and "; none came back within 1 s; a checkpoint of step " in last
+    )
+    assert output.count("waiting for ") == 1
     assert server.url in state(run)["reason"]
     lost = state(run)["step"]
     assert 1 <= lost == steps_logged(run) < 4 and RunDirectory(run).latest.resolve().name == f"step_{lost}"

@@ -79,8 +79,11 @@ OVERRIDES = {
     "engine and one process": (["rollout.tensor_parallel=2"], "rollout.tensor_parallel=2 does not divide the number of processes, 1"),
     "no servers": (["rollout.mode=server"], "rollout.servers: rollout.mode=server needs at least one; start it with `megatron-nsr serve"),
     "servers for nothing": (["rollout.servers=[http://a:1]"], "rollout.servers: rollout.mode=colocated uses none; set rollout.mode=server"),
-    "no address": (["rollout.mode=server", "rollout.servers=[node1]"], "rollout.servers.0='node1': string should match pattern"),
-    "a server twice": (["rollout.mode=server", "rollout.servers=[http://a:1,http://a:1]"], "an address stands there twice"),
+    "no address": (
+        ["rollout.mode=server", "rollout.servers=[node1]"],
+        "rollout.servers[0]='node1': an address looks like http://host:port",
+    ),
+    "a server twice": (["rollout.mode=server", "rollout.servers=[http://a:1,http://a:1/]"], "an address stands there twice"),
     "a server that is not there": (
         ["rollout.mode=server", "rollout.servers=[http://127.0.0.1:1]", "rollout.server_timeout_s=0.1"],
         "rollout.servers[0]=http://127.0.0.1:1: ClientConnectorError",

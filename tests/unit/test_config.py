@@ -118,6 +118,8 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("run.dir=${objective.nmae}", "objective.nmae"),
         ("run.dir=[1", "config.yaml: while parsing"),
         ("run", "override 'run': write it as section.key=value"),
+        ("rollout.servers=[127.0.0.1:8001]", "rollout.servers[0]='127.0.0.1:8001': an address looks like http://host:port"),
+        ("rollout.servers=[http://a:1,1]", "rollout.servers[1]=1: input should be a valid string"),
         ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor of 2 or more, not 1"),

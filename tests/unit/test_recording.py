@@ -11,7 +11,7 @@ import pytest
 from megatron_nsr.config import Config, parse_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state, write_state
-from megatron_nsr.recording import Recorder, check_gap, reporting_state
+from megatron_nsr.recording import Recorder, check_gap, open_loggers, reporting_state
 from megatron_nsr.types import StepMetrics, UserError
 
 
@@ -66,6 +66,16 @@ def test_any_rank_reports_a_failure_and_the_first_reason_stays(tmp_path: Path, m
     assert outcome(run) == ("failed", 3, "MemoryError: no room")
     fail(run, RuntimeError("connection closed by peer"), started_at=3)
     assert outcome(run) == ("failed", 3, "MemoryError: no room")
+
+
+def test_the_step_moves_with_every_line(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    config = config_for(run.path)
+    with reporting_state(run) as progress:
+        progress.started(config, lambda: 0)
+        with open_loggers(run, config, completed_steps=0) as loggers:
+            loggers.log(StepMetrics(3, {}))
+            assert outcome(run) == ("running", 3, "")
 
 
 class Lines:

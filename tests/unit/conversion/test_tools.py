@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.conversion.importing import import_hf
+from megatron_nsr.conversion.logits import relative_error
 from megatron_nsr.training.checkpoint_files import RUN_FILE
 from tests.tiny_models import tiny_config, tiny_model
 from tools import convert_checkpoint, verify_checkpoint
@@ -90,7 +91,14 @@ BROKEN = {
     "dtype": (lambda source: change(source, LAYER, torch.zeros(96, 64, dtype=torch.int8)), f"tensor {LAYER} has dtype I8"),
     "mixed": (lambda source: change(source, LAYER, torch.zeros(96, 64).bfloat16()), f"tensor {LAYER} has dtype BF16, but"),
     "config": (lambda source: configure(source, intermediate_size=128), "has shape (96, 64), config.json asks for (128, 64)"),
-    "layers": (lambda source: configure(source, num_hidden_layers=2), "is no part of a qwen2 model of 2 layers"),
+    "layers": (
+        lambda source: configure(source, num_hidden_layers=2),
+        "source: tensors model.layers.2.input_layernorm.weight and 23 more are no",
+    ),
+    "tied": (
+        lambda source: configure(source, tie_word_embeddings=True),
+        "source: config.json says tie_word_embeddings=true, but tensor lm_head.weight is not model.embed_tokens.weight: set tie",
+    ),
     "family": (lambda source: configure(source, model_type="mamba"), "model_type='mamba' is not supported"),
     "truncated": (lambda source: os.truncate(source / "model.safetensors", 100_000), "model.safetensors is damaged or cut short"),
     "no_file": (lambda source: (source / "model.safetensors").unlink(), "no file model.safetensors"),
@@ -109,7 +117,46 @@ def test_a_broken_source_is_named_and_leaves_nothing(source: Path, tmp_path: Pat
 
 def test_a_layout_that_does_not_fit(source: Path, tmp_path: Path) -> None:
     found = convert("import", source, tmp_path / "out", "--pipeline", 3)
-    assert found.exit_code == 2 and "pipeline=3 does not divide num_hidden_layers=4" in found.stderr
+    assert found.exit_code == 2 and found.stderr == "--pipeline=3 does not divide num_hidden_layers=4\n"
+    found = convert("import", source, tmp_path / "out", "--virtual", 2)
+    assert found.exit_code == 2 and found.stderr == "--virtual=2 needs --pipeline of 2 or more, not 1\n"
+
+
+def test_a_tied_model_s_equal_head_is_a_copy_and_another_one_is_refused_by_verify_too(source: Path, tmp_path: Path) -> None:
+    configure(source, tie_word_embeddings=True)
+    embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    embedding[0, 0] = torch.nan  # equal to itself
+    change(source, "model.embed_tokens.weight", embedding)
+    change(source, "lm_head.weight", embedding.clone())
+    assert convert("import", source, tmp_path / "out").exit_code == 0 and verify(tmp_path / "out", source).exit_code == 0
+    change(source, "lm_head.weight", embedding + 1)
+    found = verify(tmp_path / "out", source)
+    assert found.exit_code == 2 and "tensor lm_head.weight is not model.embed_tokens.weight" in found.stderr
+
+
+def test_a_checkpoint_is_not_imported_again(checkpoint: Path, tmp_path: Path) -> None:
+    found = convert("import", checkpoint, tmp_path / "out")
+    assert found.exit_code == 2 and "checkpoint: already a checkpoint" in found.stderr and not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_tokenizer_are_said_to_be_no_model_path(source: Path, tmp_path: Path) -> None:
+    assert "weights without a tokenizer" in convert("import", source, tmp_path / "out").stdout
+    (source / "tokenizer.json").write_text("{}")
+    assert convert("import", source, tmp_path / "with").stdout == ""
+
+
+def test_a_checkpoint_of_other_sizes_than_its_config_names_both(checkpoint: Path, tmp_path: Path) -> None:
+    text = (checkpoint / "config.json").read_text()
+    (checkpoint / "config.json").write_text(text.replace('"num_hidden_layers": 4', '"num_hidden_layers": 8'))
+    description = json.loads((checkpoint / RUN_FILE).read_text())
+    description["files"]["config.json"] = len((checkpoint / "config.json").read_text())
+    (checkpoint / RUN_FILE).write_text(json.dumps(description))
+    found = convert("export", checkpoint, tmp_path / "out")
+    assert found.exit_code == 2 and "has shape (4, 64), but config.json asks for (8, 64)" in found.stderr
+
+
+def test_help_is_for_users() -> None:
+    assert "May import" not in convert("--help").stdout
 
 
 def test_an_existing_target_is_not_touched(source: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -148,7 +195,7 @@ def test_a_broken_checkpoint_is_named(checkpoint: Path, tmp_path: Path, damage: 
     harm, message = messages[damage]
     harm()
     found = convert("export", checkpoint, tmp_path / "out")
-    assert found.exit_code == 2 and message in found.stderr
+    assert found.exit_code == 2 and message in found.stderr and "latest" not in found.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -225,3 +272,10 @@ def test_a_partial_folder_of_someone_else_is_not_removed(source: Path, tmp_path:
     found = convert("import", source, tmp_path / "out")
     assert found.exit_code == 2 and "no conversion wrote" in found.stderr
     assert (tmp_path / "out.partial" / "notes").read_text() == "mine"
+
+
+def test_a_nan_is_a_difference_where_one_side_has_it() -> None:
+    one, nan = torch.tensor([1.0, -4.0, 2.0]), torch.tensor([1.0, torch.nan, 2.0])
+    assert relative_error(nan, nan) == relative_error(one, one) == 0
+    assert relative_error(torch.tensor([1.0, torch.nan, 1.5]), nan) == 0.25
+    assert not relative_error(one, nan) <= 1 and not relative_error(nan, one) <= 1

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_nsr.rollout.ahead import Ahead
-from megatron_nsr.rollout.engine import Completion, RolloutsLost, SampleRequest, Sampling
+from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.types import RolloutsLost
 
 SAMPLING = Sampling(1.0, 4, ())
 REQUESTS = [SampleRequest((1,), 10), SampleRequest((2,), 20)]

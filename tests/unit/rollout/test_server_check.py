@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from megatron_nsr.rollout.server_client import Server
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.types import UserError
 
-MODEL = {"hidden_size": 64, "num_hidden_layers": 2}
+MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.02}
 NEEDED = Needed(transport=FILE_TRANSPORT, dtype="float32", workers=2, max_model_len=64, model=MODEL)
 DESCRIBED = {
     "transport": FILE_TRANSPORT, "dtype": "float32", "max_model_len": 64, "logprobs_mode": "processed_logprobs", "model": MODEL,
@@ -34,7 +36,8 @@ def serve() -> Iterator[Serve]:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                result = {"nsr_describe": DESCRIBED | description, "nsr_sees": {"sees": sees}}[asked["method"]]
+                own = {"identity": str(self.server.server_address)}
+                result = {"nsr_describe": DESCRIBED | own | description, "nsr_sees": {"sees": sees}}[asked["method"]]
                 body = json.dumps({"results": [result] * workers} if status == 200 else {"detail": "no such path"}).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -65,6 +68,16 @@ def refusal(*servers: Server, timeout_s: float = 0.0) -> str:
 
 def test_servers_that_fit_tell_the_names_of_their_weights(serve: Serve) -> None:
     assert check_servers([serve(), serve(max_model_len=65)], NEEDED, 0.0) == {"a", "b"}
+
+
+def test_what_sampling_does_not_depend_on_may_differ(serve: Serve) -> None:
+    assert check_servers([serve(model=MODEL | {"initializer_range": 0.1})], NEEDED, 0.0)
+
+
+def test_a_server_under_two_names_is_refused(serve: Serve) -> None:
+    server = serve()
+    again = Server(server.url.replace("127.0.0.1", "localhost"), "rollout.servers[1]")
+    assert refusal(server, again) == f"{server.name} and rollout.servers[1] are the same server; name it once"
 
 
 def test_a_server_that_is_not_there_is_waited_for_and_named(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +111,11 @@ def test_a_server_of_another_config_is_refused(serve: Serve, description: dict[s
 
 def test_every_difference_is_named(serve: Serve) -> None:
     assert "model.dtype bfloat16, not float32, room for 1 tokens, not 64;" in refusal(serve(dtype="bfloat16", max_model_len=1))
+
+
+def test_a_temporary_directory_that_takes_no_file_is_named(serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert refusal(serve()).startswith("TMPDIR, through which weights travel without CUDA, cannot be written: ")
 
 
 def test_a_server_that_does_not_see_the_trainer_s_files_is_refused(serve: Serve) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_nsr.rollout import server_engine, vllm_api
-from megatron_nsr.rollout.engine import RolloutsLost, SampleRequest, Sampling
+from megatron_nsr.rollout import server_client, server_engine, vllm_api
+from megatron_nsr.rollout.engine import SampleRequest, Sampling
 from megatron_nsr.rollout.server_client import Server, ServerError
 from megatron_nsr.rollout.server_engine import Fits, ServerEngine
-from megatron_nsr.types import UserError
+from megatron_nsr.types import RolloutsLost, UserError
 
 NAMES = frozenset({"model.embed_tokens.weight", "lm_head.weight", "a", "b"})
 MIB = 1 << 20
@@ -30,6 +31,7 @@ class FakeServer(Server):
         self.loaded: dict[str, torch.Tensor] = {}
         self.files: list[Path] = []
         self.version: int | None = -1
+        self.owner: str | None = None
 
     async def call(self, session: Any, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
         self._called(path)
@@ -42,12 +44,13 @@ class FakeServer(Server):
         return None
 
     async def workers(self, session: Any, method: str, *arguments: Any, timeout_s: float = 0.0) -> list[Any]:
-        self._called(method)
+        if method != "nsr_held":
+            self._called(method)
         if method == "nsr_label":
-            self.version = None if arguments[0] is None else int(arguments[0].partition(":")[2])
+            self.version, self.owner = None if arguments[0] is None else int(arguments[0].partition(":")[2]), arguments[1]
         if method == "nsr_checksums":
             return [{"held": [["a", 0, 0, 5], ["b", 0, 2, -7]]}, {"held": []}]
-        return [{"identity": self.name, "max_num_seqs": 4}] * 2
+        return [{"identity": self.name, "max_num_seqs": 4, "label": None, "owner": self.owner}] * 2
 
     def _called(self, what: str) -> None:
         if what == self.fails:
@@ -64,7 +67,7 @@ def engine(
     *servers: Server, tied: bool = True, speaks: bool = True, fits: Fits = lambda server, workers: None, timeout_s: float = 0.0
 ) -> ServerEngine:
     settings: dict[str, Any] = {"vocabulary": 4, "dtype": torch.float32, "bucket_bytes": MIB, "timeout_s": timeout_s}
-    return ServerEngine(servers, names=NAMES, tied=tied, speaks=speaks, fits=fits, **settings)
+    return ServerEngine(servers, run="runs/mine", names=NAMES, tied=tied, speaks=speaks, fits=fits, **settings)
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -194,6 +197,75 @@ def test_one_that_may_still_come_is_waited_for_whatever_another_answers(order: i
     pushing = engine(*(late, broken)[::order], fits=refuse, timeout_s=30.0)
     pushing.load_weights(iter(weights().items()), 1)
     assert pushing.version == late.version == 1 and len(tries) > 3
+
+
+def test_all_lost_servers_are_waited_for_once_and_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both are lost in a push; the next two pushes find none, and only the first of them waits."""
+    clock, tries = [time.monotonic()], []
+
+    async def sleep(pause: float) -> None:
+        clock[0] += pause
+        tries.append(pause)
+
+    monkeypatch.setattr(server_client.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(server_client.asyncio, "sleep", sleep)
+    lost = [FakeServer(name, fails=vllm_api.PAUSE) for name in "st"]
+    pushing = engine(*lost, timeout_s=5.0)
+    pushing.load_weights(iter(weights().items()), 1)
+    for server in lost:
+        server.fails = "nsr_describe"
+    capsys.readouterr()
+    pushing.load_weights(iter(weights().items()), 1)
+    assert len(tries) > 3 and sum(tries) == pytest.approx(5.0)
+    assert capsys.readouterr().out == "s: lost at nsr_describe; no rollout server is left: waiting for one, up to 5 s\n"
+    tries.clear()
+    pushing.load_weights(iter(weights().items()), 1)
+    assert tries == [] and capsys.readouterr().out == ""
+    with pytest.raises(RolloutsLost, match=r"^s: lost at nsr_describe; t: lost at nsr_describe; none came back within 5 s$"):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+    lost[1].fails = ""
+    pushing.load_weights(iter(weights().items()), 2)
+    assert pushing.version == lost[1].version == 2
+    assert "t: there again; the weights are pushed anew\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("owner", "said"),
+    [
+        ("runs/other [1]", r"^s: another run uses it at the same time: runs/other \[1\]$"),
+        (None, "^s: was started again and has lost its weights$"),
+    ],
+)
+@pytest.mark.parametrize("where", [vllm_api.UPDATE, "nsr_checksums"])
+def test_a_server_that_another_run_took_since_or_that_was_started_again_is_called_so(where: str, owner: str | None, said: str) -> None:
+    class Taken(FakeServer):
+        def _called(self, what: str) -> None:
+            if what == where:
+                self.owner = owner
+                raise ServerError(self, "status 500: already active", answered=True)
+
+    pushing = engine(Taken("s"))
+    pushing.load_weights(iter(weights().items()), 1)
+    assert pushing.held_checksums() == []
+    with pytest.raises(RolloutsLost, match=said):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
+
+
+def test_checksums_of_another_run_s_weights_are_not_compared() -> None:
+    server = FakeServer("s")
+    pushing = engine(server)
+    pushing.load_weights(iter(weights().items()), 1)
+    server.owner = "runs/other [1]"
+    assert pushing.held_checksums() == [] and pushing.version is None
+
+
+def test_an_error_of_a_server_that_an_earlier_run_used_is_its_own() -> None:
+    server = FakeServer("s", fails=vllm_api.PAUSE)
+    server.owner = "runs/ended [1]"
+    pushing = engine(server)
+    pushing.load_weights(iter(weights().items()), 1)
+    with pytest.raises(RolloutsLost, match=r"^s: lost at /pause"):
+        pushing.generate([SampleRequest((1,), 0)], Sampling(1.0, 2, ()))
 
 
 def test_a_rank_that_does_not_speak_consumes_what_is_pushed_and_samples_nothing() -> None:

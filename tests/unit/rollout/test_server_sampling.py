@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_nsr.rollout import server_sampling
-from megatron_nsr.rollout.engine import Completion, RolloutsLost, SampleRequest, Sampling
-from megatron_nsr.rollout.server_client import Held, Server, ServerError
+from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
+from megatron_nsr.rollout.server_client import Held, Server, ServerError, ServersLost
 from megatron_nsr.rollout.server_engine import Member
 from megatron_nsr.rollout.server_sampling import sample_on_servers
 
@@ -124,7 +124,7 @@ def test_what_a_server_gave_before_it_was_found_with_other_weights_is_sampled_ag
     assert changed.asked and right.asked == len(REQUESTS)
     alone = FakeServer("a")
     alone.life = [Held("a", "7"), held]
-    with pytest.raises(RolloutsLost, match=LOST):
+    with pytest.raises(ServersLost, match=LOST):
         sample(alone)
 
 
@@ -132,22 +132,23 @@ def test_an_interrupted_connection_is_made_again() -> None:
     assert sample(FakeServer("a", interrupted_at(2, 5, 9))) == EVERYTHING
 
 
-def test_a_server_that_is_back_after_a_while_with_its_weights_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_back_after_a_while_with_its_weights_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     server = FakeServer("a", interrupted_at(2))
-    server.life = [unreachable(server)]
+    server.life = [Held("a", "7"), unreachable(server)]
     assert sample(server, timeout_s=60) == EVERYTHING
+    assert capsys.readouterr().out == "a: ClientConnectorError; waiting for it, up to 60 s\na: there again, with its weights\n"
 
 
 @pytest.mark.parametrize("life", [Held("another", None), Held("another", "7"), Held("a", None), Held("a", "6")])
 def test_a_server_that_was_started_again_or_has_other_weights_is_lost(life: Held) -> None:
     server = FakeServer("a", interrupted_at(2))
     server.life = [Held("a", "7"), life]
-    with pytest.raises(RolloutsLost, match=LOST):
+    with pytest.raises(ServersLost, match=LOST):
         sample(server)
 
 
 def test_losing_all_names_all() -> None:
-    with pytest.raises(RolloutsLost) as lost:
+    with pytest.raises(ServersLost) as lost:
         sample(FakeServer("a", dies_at(2)), FakeServer("b", refuses))
     assert sorted(str(lost.value).split("; ")) == ["a: ClientConnectorError", "b: status 500"]
 
@@ -156,7 +157,7 @@ def test_a_server_that_loses_every_connection_but_is_there_when_asked_is_lost_in
     def always(server: FakeServer, count: int) -> None:
         raise unreachable(server)
 
-    with pytest.raises(RolloutsLost, match="a: ClientConnectorError"):
+    with pytest.raises(ServersLost, match="a: ClientConnectorError"):
         sample(FakeServer("a", always))
 
 
