@@ -17,7 +17,9 @@ from megatron_nsr.config import load_config
 from megatron_nsr.evaluator import evaluate
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.types import UserError
+from tests.browser import Chromium
 from tests.integration.small_run import CONFIGS, Small, Started, finished, kill, start, state, values, wait_until
+from tests.readable import read_page
 
 
 def test_supervised_training_lowers_the_loss(small: Small) -> None:
@@ -127,7 +129,11 @@ def test_score_report_compare_and_doctor(small: Small, undisturbed: Callable[[in
     assert [json.loads(line)["reason"] for line in out.read_text().splitlines()] == ["match", "no_box", "mismatch", "match"]
 
     reported = CliRunner().invoke(app, ["report", str(small.base), str(undisturbed(1)), "--out", str(page)])
-    assert reported.exit_code == 0 and "puzzle" in page.read_text()
+    assert reported.exit_code == 0
+    with Chromium() as chromium:
+        for width in (1280, 400):
+            seen = read_page(chromium, page, width)
+            assert seen["found"] == {} and "Evaluation: puzzle" in seen["body"]
 
     compared = CliRunner().invoke(
         app, ["compare", str(undisturbed(1)), "--out", str(tmp_path / "all.csv"), "--plot", str(tmp_path / "a.png")]
