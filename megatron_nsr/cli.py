@@ -38,7 +38,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or resume the run in run.dir. Also: torchrun --nproc-per-node N -m megatron_nsr train CONFIG ..."""
 
     def work() -> int:
-        from megatron_nsr.config import load_config
+        from megatron_nsr.config_files import load_config
 
         settings = load_config(config, overrides)
         from megatron_nsr.trainer import train as run
@@ -58,7 +58,7 @@ def serve(
     """A rollout server of the config's model for runs with rollout.mode=server, until it is stopped."""
 
     def work() -> int:
-        from megatron_nsr.config import load_config
+        from megatron_nsr.config_files import load_config
 
         settings = load_config(config, overrides)
         from megatron_nsr.rollout.serve import serve as become_server
@@ -74,7 +74,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Pass@k of model.path (a Hugging Face directory or a checkpoint) on evaluation.benchmarks, to RUN/eval/step_N.json."""
 
     def work() -> int:
-        from megatron_nsr.config import load_config
+        from megatron_nsr.config_files import load_config
 
         settings = load_config(config, overrides)
         from megatron_nsr.evaluator import evaluate as run

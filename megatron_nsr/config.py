@@ -1,22 +1,17 @@
 """The configuration schema: one strict model, YAML in, dotted overrides, every field with unit and meaning.
 
-May import: types, presets, objective_fields. Whatever is wrong in a file or an override raises `UserError` naming the field.
+May import: types, presets, objective_fields. `config_files` reads it.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from megatron_nsr.objective_fields import check_objective
 from megatron_nsr.presets import with_defaults
-from megatron_nsr.types import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -361,80 +356,6 @@ class Config(Section):
             )
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file with the files it includes, applies `key=value` overrides and validates.
-
-    Raises UserError with one line that names the field, its value and what would be right.
-    """
-    for item in overrides or []:
-        if "=" not in item:
-            raise UserError(f"override {item!r}: write it as section.key=value")
-    written = _read(Path(path), ())
-    try:
-        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides or [])))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
-    return parse_config(values)
-
-
-def _read(path: Path, including: tuple[Path, ...]) -> Any:
-    """A file's keys on top of those of the file that it names as `include`, by a path relative to its own."""
-    if path.resolve() in including:
-        raise UserError(f"config {including[-1]}: include={path} includes this file in turn")
-    if not path.is_file():
-        raise UserError(f"config {including[-1]}: include={path}: no such file" if including else f"config file {path}: no such file")
-    try:
-        own = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
-        raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(own, DictConfig):
-        raise UserError(f"config {path}: a list, where sections with their keys are wanted")
-    if (included := own.pop("include", None)) is None:
-        return own
-    if not isinstance(included, str):
-        raise UserError(f"config {path}: include={included}: give one file's path, relative to this file")
-    return OmegaConf.merge(_read(path.parent / included, (*including, path.resolve())), own)
-
-
-def parse_config(values: Any) -> Config:
-    """Validates a plain mapping; raises UserError naming every wrong field."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError("config: " + "; ".join(_describe(item) for item in error.errors())) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
-
-
 def _defaults(section: type[Section]) -> dict[str, Any]:
     """The fields' defaults by the names that users write."""
     return {info.alias or name: info.get_default() for name, info in section.model_fields.items()}
-
-
-def _describe(item: Any) -> str:
-    """One pydantic error as `field=value: what would be right`."""
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
-    if item["type"] == "extra_forbidden":
-        return f"{field}: no such key{_nearest(item['loc'])}"
-    if item["type"] == "missing":
-        return f"{field}: required, but not given"
-    if item["type"] == "value_error":
-        problem = str(item["ctx"]["error"])
-        return f"{field}={item['input']!r}: {problem}" if field else problem
-    return f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """Suggests the schema's keys beside an unknown one."""
-    import difflib
-
-    model: Any = Config
-    for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
-    names = [info.alias or name for name, info in model.model_fields.items()]
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(names)}"

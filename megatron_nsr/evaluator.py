@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from megatron_nsr.components import Components, build_components, read_inputs
-from megatron_nsr.config import Config, dump_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import dump_config
 from megatron_nsr.evaluation.generations import Generations, check_settings, generation_settings, weights_digest
 from megatron_nsr.evaluation.results import render_result
 from megatron_nsr.observability.run_directory import RunDirectory, write_atomic, write_json

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from megatron_nsr.config import Config, load_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.types import UserError

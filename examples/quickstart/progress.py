@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from examples.quickstart.jobs import Job
-from megatron_nsr.config import load_config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.types import UserError
 

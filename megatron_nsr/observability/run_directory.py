@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from megatron_nsr.config import Config, dump_config, load_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.types import UserError
 
 # What a resumed run may change: where and how fast it runs and what it records, never what it learns from.

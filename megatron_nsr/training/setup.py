@@ -45,8 +45,8 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
     )
     load_initial_weights(chunks, config, shape, backend)
     signed = config.objective.name != "supervised"
-    measured_kl = config.logging.kl_to_base_every if signed else 0
-    reference = ReferenceWeights(chunks) if training and (config.objective.kl_coefficient or measured_kl) else None
+    kl_every = 1 if config.objective.kl_coefficient else config.logging.kl_to_base_every if signed else 0
+    reference = ReferenceWeights(chunks) if training and kl_every else None
     wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
     if training:
         with backend.phase():
@@ -66,7 +66,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         diagnostics=Diagnostics(
             sign_norms_every=config.logging.sign_norms_every if signed else 0,
             probe_every=config.logging.probe_every if signed else 0,
-            kl_every=measured_kl,
+            kl_every=kl_every,
             dropped_share=config.objective.dropped_share,
             seed=config.run.seed,
         ),

@@ -63,6 +63,9 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
         """The safetensors files."""
         return sorted(set(self._file_of.values()))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_nsr.config import Config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.platform import distributed

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_nsr.config import Config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch, build_step_batch

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from megatron_nsr.cli import app
-from megatron_nsr.config import load_config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.evaluator import evaluate
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.types import UserError

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from examples import own_dataset
-from megatron_nsr.config import load_config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.observability.metrics import METRICS, metric_meaning, read_metrics, steps_by
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.samples import read_samples

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_nsr.config import Config, dump_config, load_config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import dump_config, load_config, parse_config
 from megatron_nsr.types import UserError
 
 MINIMAL: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_nsr import experience
 from megatron_nsr.clock import PhaseClock
-from megatron_nsr.config import parse_config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.experience import Experience, GradedRollouts
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.objectives.schedule import LambdaSchedule, ObjectiveSchedule

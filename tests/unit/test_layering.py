@@ -15,7 +15,7 @@ FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
 # Lowest first. A package or module of the root may import whatever stands in a lower line.
 LAYERS = [
-    {"types", "presets", "objective_fields", "config", "clock", "platform"},
+    {"types", "presets", "objective_fields", "config", "config_files", "clock", "platform"},
     {"models", "weights", "losses", "objectives", "rewards", "data", "observability"},
     {"training", "rollout"},
     {"evaluation", "launch", "planning", "conversion"},
@@ -29,6 +29,7 @@ LAYERS = [
 # Within its own layer a part may import only these.
 WITHIN: dict[str, set[str]] = {
     "config": {"types", "presets", "objective_fields"},
+    "config_files": {"types", "config"},
     "objective_fields": {"presets"},
     "platform": {"types"},
     "weights": {"models"},

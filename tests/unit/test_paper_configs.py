@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_nsr.config import Config, load_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import load_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 OBJECTIVES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "ppo")

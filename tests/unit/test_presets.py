@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_nsr.config import Config, dump_config, load_config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import dump_config, load_config, parse_config
 from megatron_nsr.presets import OBJECTIVES, PRESET_OBJECTIVES, PRESETS
 from megatron_nsr.types import UserError
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_nsr.config import Config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state, write_state
 from megatron_nsr.recording import Recorder, check_gap, open_loggers, reporting_state

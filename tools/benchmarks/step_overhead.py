@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nsr.components import Components, build_components, read_inputs
-from megatron_nsr.config import Config, EvaluationConfig, load_config
+from megatron_nsr.config import Config, EvaluationConfig
+from megatron_nsr.config_files import load_config
 from megatron_nsr.observability.run_directory import open_run
 from megatron_nsr.platform.quiet import ignore_library_warnings
 from megatron_nsr.platform.signals import StopRequest

@@ -12,7 +12,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from megatron_nsr.config import Config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.data.prompts import PromptSet
 from megatron_nsr.evaluation.benchmarks import Benchmarks
 from megatron_nsr.evaluation.generations import SCHEMA, Generations, check_settings, generation_settings, weights_digest

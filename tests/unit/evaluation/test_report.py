@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from megatron_nsr.config import parse_config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
 from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
 from megatron_nsr.evaluation.report_tables import metric_rows

@@ -32,7 +32,7 @@ from examples.quickstart.jobs import (
     run_jobs,
 )
 from examples.quickstart.progress import LiveProgress, describe_step, latest_metrics, total_steps
-from megatron_nsr.config import load_config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import write_state
 from megatron_nsr.types import UserError

@@ -11,7 +11,8 @@ from examples.quickstart.grader import PuzzleGrader
 from examples.quickstart.prepare import prepare
 from examples.quickstart.puzzle import Ranges
 from examples.quickstart.tokenizer import UNK_ID, task_words, train_tokenizer
-from megatron_nsr.config import Config, load_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.data.prompts import load_prompts
 from megatron_nsr.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_nsr.models.hf_config import read_model_shape

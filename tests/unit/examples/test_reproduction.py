@@ -35,7 +35,7 @@ from examples.reproduction.results import (
 )
 from examples.reproduction.scales import CANDIDATES, SCALES
 from examples.reproduction.search import chosen_rates
-from megatron_nsr.config import load_config
+from megatron_nsr.config_files import load_config
 from megatron_nsr.evaluation.pass_at_k import pass_at_k
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import write_state

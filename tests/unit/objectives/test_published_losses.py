@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nsr.config import Config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.losses.terms import TokenInputs, regularized, token_terms
 from megatron_nsr.objectives.mini_batches import build_step_batch
 from megatron_nsr.objectives.objective import OwnLoss

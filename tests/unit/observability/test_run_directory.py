@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_nsr.config import Config, load_config, parse_config
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import load_config, parse_config
 from megatron_nsr.observability.run_directory import RunDirectory, flat_config, open_run, replacing, write_atomic
 from megatron_nsr.types import UserError
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nsr.config import parse_config
+from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.objectives.mini_batches import StepBatch
