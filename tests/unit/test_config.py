@@ -130,6 +130,11 @@ def test_wrong_input_is_one_line_that_names_the_field(file: Path, override: str,
     assert expected in message(file, override)
 
 
+def test_a_server_has_one_spelling_and_stands_there_once(file: Path) -> None:
+    assert load_config(file, ["rollout.mode=server", "rollout.servers=[http://a:1/]"]).rollout.servers == ["http://a:1"]
+    assert "an address stands there twice" in message(file, "rollout.mode=server", "rollout.servers=[http://a:1,http://a:1/]")
+
+
 def test_every_wrong_field_is_named_at_once(file: Path) -> None:
     text = message(file, "run.steps=x", "parallel.tensor=0")
     assert "run.steps='x'" in text
