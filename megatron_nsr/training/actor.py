@@ -49,7 +49,8 @@ class PreparedStep:
 class Diagnostics:
     """What is measured beside training, and at which steps; 0 is never. sign_norms_every: gradients of each sign at the head's input.
 
-    probe_every: each sign's whole gradient. kl_every: log-probs of the reference policy, which the actor then has; 1 where the loss or PPO's reward needs them.
+    probe_every: each sign's whole gradient. kl_every: log-probs of the reference policy, which the actor then has; 1 where the loss or
+    PPO's reward needs them.
     dropped_share: of dropped samples, on which entropy and log-prob gap are measured too.
     """
 

@@ -140,6 +140,11 @@ def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(f
     assert "optimizer.min_learning_rate=0.0001 is above critic.learning_rate=1e-05" in message(file, "objective.name=ppo", *rates)
 
 
+def test_a_server_has_one_spelling_and_stands_there_once(file: Path) -> None:
+    assert load_config(file, ["rollout.mode=server", "rollout.servers=[http://a:1/]"]).rollout.servers == ["http://a:1"]
+    assert "an address stands there twice" in message(file, "rollout.mode=server", "rollout.servers=[http://a:1,http://a:1/]")
+
+
 def test_every_wrong_field_is_named_at_once(file: Path) -> None:
     text = message(file, "run.steps=x", "parallel.tensor=0")
     assert "run.steps='x'" in text
