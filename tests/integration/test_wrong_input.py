@@ -67,10 +67,10 @@ OVERRIDES = {
         ["objective.name=examples.own_objective:SequenceRatio", "objective.dual_clip=3.0"],
         "objective.dual_clip=3.0: objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
     ),
-    "a dual clip without a ratio": (["objective.form=reinforce", "objective.dual_clip=3.0"], "objective.dual_clip=3.0 bounds the ratio of"),
+    "a dual clip without a ratio": (["objective.form=reinforce", "objective.dual_clip=3.0"], "objective.dual_clip=3.0: it bounds the ratio of"),
     "correction without rollouts": (
         ["objective.name=supervised", "objective.rollout_correction=2.0"],
-        "objective.rollout_correction=2.0 needs rollouts, and name=supervised has none",
+        "objective.rollout_correction=2.0: it needs rollouts, and name=supervised has none",
     ),
     "a dual clip below one": (["objective.dual_clip=0.5"], "objective.dual_clip=0.5: input should be greater than 1"),
     "grader nowhere": (["reward.grader=nowhere:Mine"], "reward.grader='nowhere:Mine': cannot import nowhere"),
@@ -152,7 +152,7 @@ def test_an_impossible_layout_is_refused(
     ("text", "expected"),
     [
         ("run: [1\n", "config "),
-        ("- run\n- model\n", "annot merge"),
+        ("- run\n- model\n", "a list, where sections with their keys are wanted"),
         ("", "run: required, but not given; model: required"),
         ("run: 5\n", "run=5: "),
     ],
