@@ -257,6 +257,11 @@ class LoggingConfig(Section):
     probe_every: NonNegative = Field(
         0, description="steps between measurements of each sign's whole gradient, two more passes over a mini-batch each; 0 never"
     )
+    kl_to_base_every: NonNegative = Field(
+        0,
+        description="steps between measurements of policy/kl_reference where the loss has no KL term: a forward pass with the initial "
+        "weights, which are then kept in host memory; 0 never",
+    )
     samples_every: NonNegative = Field(10, description="steps between kept samples (RUN/samples); 0 keeps none")
 
 

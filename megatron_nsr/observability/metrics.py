@@ -60,7 +60,7 @@ METRICS: dict[str, str] = {
     "policy/logprob_psr": "mean log-probability of trained tokens of correct responses under the policy, nats a token",
     "policy/logprob_nsr": "mean log-probability of trained tokens of wrong responses under the policy, nats a token",
     "policy/kl_reference": "mean k3 estimate of the KL divergence from the policy to the initial one at response tokens, nats a token; "
-    "with objective.kl_coefficient above 0",
+    "with objective.kl_coefficient above 0, or every logging.kl_to_base_every steps",
     "policy/lambda": "weight of correct responses in the step, in w_reinforce",
     "policy/kept_ratio": "responses that the objective trains on, share of all sampled, 0 to 1",
     "policy/updates": "optimizer steps in the training step, count",

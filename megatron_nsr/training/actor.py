@@ -51,12 +51,13 @@ class PreparedStep:
 class Diagnostics:
     """What is measured beside training, and at which steps; 0 is never. sign_norms_every: gradients of each sign at the head's input.
 
-    probe_every: each sign's whole gradient.
+    probe_every: each sign's whole gradient. kl_every: KL to the reference policy, which the actor then has, where the loss needs none.
     dropped_share: of dropped samples, on which entropy and log-prob gap are measured too.
     """
 
     sign_norms_every: int
     probe_every: int
+    kl_every: int
     dropped_share: float
     seed: int
 
@@ -97,7 +98,7 @@ class Actor:
         packed = [self.pack(samples) for samples in batch.mini_batches if samples]
         probe = self._probe(batch.dropped, step)
         probed = self.pack(probe) if probe else []
-        if self.reference is not None and (packed or probed):
+        if (self.terms.kl_coefficient or _is_due(self.diagnostics.kl_every, step)) and (packed or probed):
             *packed, probed = self._with_reference_logprobs([*packed, probed])
         kept = TokenSums()
         to_score = [micro for mini in packed for micro in mini] if len(packed) > 1 else []

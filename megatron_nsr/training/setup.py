@@ -41,8 +41,9 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
     )
     load_initial_weights(chunks, config, shape, backend)
-    reference = ReferenceWeights(chunks) if training and config.objective.kl_coefficient else None
     signed = config.objective.name != "supervised"
+    measured_kl = config.logging.kl_to_base_every if signed else 0
+    reference = ReferenceWeights(chunks) if training and (config.objective.kl_coefficient or measured_kl) else None
     wrapped, optimizer, sharded = chunks, None, config.parallel.distributed_optimizer
     if training:
         with backend.phase():
@@ -62,6 +63,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         diagnostics=Diagnostics(
             sign_norms_every=config.logging.sign_norms_every if signed else 0,
             probe_every=config.logging.probe_every if signed else 0,
+            kl_every=measured_kl,
             dropped_share=config.objective.dropped_share,
             seed=config.run.seed,
         ),

@@ -81,6 +81,7 @@ def test_what_runs_log_is_what_the_registry_names(small: Small, undisturbed: Cal
         "objective.kl_coefficient=0.1",
         "logging.probe_every=1",
         "logging.sign_norms_every=1",
+        "logging.kl_to_base_every=1",
         "run.steps=1",
     )
     finished(start(small.nsr(tmp_path / "run", *both_signs), tmp_path / "log"), 0)

@@ -181,3 +181,21 @@ def test_topr_is_reinforce_where_responses_became_likelier_and_lets_wrong_ones_g
     less_likely = steps(actor_of(model, own), engine_said(0.0, SAMPLES))
     assert less_likely["policy/loss_psr"] == pytest.approx(plain["policy/loss_psr"], rel=1e-5)
     assert abs(less_likely["policy/loss_nsr"]) < 1e-2 * abs(plain["policy/loss_nsr"])
+
+
+def test_kl_to_the_base_is_measured_when_it_is_due_and_trains_nothing(model: Path) -> None:
+    quiet, loud = actor_of(model), actor_of(model, logging={"kl_to_base_every": 2})
+
+    def logprobs() -> torch.Tensor:
+        packed = quiet.pack(SAMPLES)
+        return torch.cat([output.logprobs[batch.response_mask] for batch, output in zip(packed, quiet.score(packed), strict=True)]).double()
+
+    base = logprobs()
+    first = [steps(actor, SAMPLES[:4], SAMPLES[4:], step=1) for actor in (quiet, loud)]
+    assert first[0] == first[1] and "policy/kl_reference" not in first[1]
+    distance = base - logprobs()
+    second = [steps(actor, SAMPLES, step=2) for actor in (quiet, loud)]
+    expected = float((distance.exp() - distance - 1).mean())
+    assert second[1].pop("policy/kl_reference") == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+    assert second[0] == second[1]
+    assert all(torch.equal(tensor, weights(quiet)[name]) for name, tensor in weights(loud).items())
