@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -78,30 +79,15 @@ def test_a_grader_that_tells_no_answers_has_no_count_of_them() -> None:
     assert "reward/unique_answers_mean" not in measured([(WRONG, 5, -1.0, False, None)] * 2, samples=2)
 
 
-@given(
-    st.integers(1, 4).flatmap(
-        lambda samples: st.tuples(
-            st.just(samples),
-            st.lists(
-                st.lists(
-                    st.tuples(
-                        st.sampled_from([CORRECT, WRONG, NONE]),
-                        st.integers(1, 9),
-                        st.floats(-8, 0, width=16),
-                        st.booleans(),
-                        st.sampled_from(["1", "2", None]),
-                    ),
-                    min_size=samples,
-                    max_size=samples,
-                ),
-                min_size=1,
-                max_size=5,
-            ),
-        )
-    )
-)
-def test_random_steps_agree_with_loops(step: tuple[int, list[list[Response]]]) -> None:
-    samples, groups = step
+@given(samples=st.integers(1, 4), prompts=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_random_steps_agree_with_loops(samples: int, prompts: int, seed: int) -> None:
+    draw = random.Random(seed)
+
+    def response() -> Response:
+        outcome = draw.choice([CORRECT, WRONG, NONE])
+        return outcome, draw.randint(1, 9), -draw.randint(0, 32) / 4, draw.random() < 0.5, draw.choice(["1", "2", None])
+
+    groups = [[response() for _ in range(samples)] for _ in range(prompts)]
     responses = [response for group in groups for response in group]
     got = measured(responses, samples)
     for sign, outcome in (("psr", CORRECT), ("nsr", WRONG)):
