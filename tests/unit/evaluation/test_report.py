@@ -20,6 +20,7 @@ from rich.console import Console
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
 from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
+from megatron_nsr.evaluation.report_panels import SIGN_TITLES
 from megatron_nsr.evaluation.report_tables import metric_rows
 from megatron_nsr.observability.loggers import JsonlLogger
 from megatron_nsr.observability.metrics import METRICS
@@ -172,6 +173,10 @@ def test_every_subject_has_its_figure_or_table(page: str) -> None:
     ):
         assert title in text
     assert "objective.name" in text and "run.dir" not in text
+
+
+def test_every_metric_of_the_two_signs_has_a_title_and_a_unit() -> None:
+    assert {name[:-4] for name in METRICS if name.endswith(("_psr", "_nsr"))} == SIGN_TITLES.keys()
 
 
 def test_the_table_holds_final_values_and_differences_to_the_first_run(page: str, runs: list[Path]) -> None:
