@@ -18,8 +18,14 @@ from examples.quickstart.puzzle import Ranges
 from megatron_nsr.observability.run_directory import RunDirectory
 
 BASE_CONFIG, OBJECTIVES_CONFIG = CONFIGS / "reproduction" / "base.yaml", CONFIGS / "reproduction" / "objectives.yaml"
-# Each method with what it needs beside its name; the paper gives its own constants to all of them alike.
-METHODS: dict[str, tuple[str, ...]] = {name: () for name in ("psr", "nsr", "w_reinforce", "reinforce", "grpo")}
+# Each method with what the paper gives to it alone.
+METHODS: dict[str, tuple[str, ...]] = {
+    "psr": (),
+    "nsr": (),
+    "w_reinforce": (),
+    "reinforce": (),
+    "grpo": ("objective.kl_coefficient=1e-3",),
+}
 LONG_METHODS = ("nsr", "w_reinforce")  # of the extended-training curve
 
 

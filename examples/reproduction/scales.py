@@ -6,28 +6,28 @@ from dataclasses import replace
 
 from examples.quickstart.corpus import Author
 from examples.quickstart.puzzle import Ranges
-from examples.reproduction.plan import Scale, Task
+from examples.reproduction.plan import METHODS, Scale, Task
 
 FOUR, FIVE, SIX = (Ranges(numbers=count) for count in (4, 5, 6))
 # Some operators come seldom: then some puzzles are much harder than others, and guessing does not fill the right end of the curve.
 SELDOM = "++++--*"
 CAREFUL = Author(right=0.8, box_wrong=0.3, slip=0.15)
-TASK = Task(FOUR, base_steps=1500)
-# Chosen on validation problems with seeds of their own.
-RATES = {"psr": 1e-4, "nsr": 1e-4, "w_reinforce": 1e-4, "reinforce": 1e-4, "grpo": 1e-4}
+TASK = Task(replace(SIX, operators=SELDOM), 1000, CAREFUL, test=150)
+# One rate for all methods, as in the paper.
+RATES = dict.fromkeys(METHODS, 1e-4)
 
 SCALES = {
-    "one": Scale("one", TASK, bases=(1,), seeds=(1, 2, 3), steps=100, long_steps=300, every=50, samples=64, rates=RATES),
+    "one": Scale("one", TASK, bases=(1,), seeds=(1, 2, 3), steps=40, long_steps=120, every=20, samples=64, base_samples=128, rates=RATES),
     "full": Scale(
         "full",
         TASK,
         bases=(1, 2, 3),
         seeds=(1, 2, 3, 4, 5),
-        steps=100,
-        long_steps=400,
-        every=50,
+        steps=40,
+        long_steps=160,
+        every=20,
         samples=64,
-        search_rates=(5e-5, 1e-4, 2e-4, 4e-4),
+        search_rates=(2.5e-5, 5e-5, 1e-4, 2e-4),
         search_seeds=(101,),
     ),
     # A rehearsal of everything that `full` does, in minutes; its numbers mean nothing.
