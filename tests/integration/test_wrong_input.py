@@ -67,7 +67,10 @@ OVERRIDES = {
         ["objective.name=examples.own_objective:SequenceRatio", "objective.dual_clip=3.0"],
         "objective.dual_clip=3.0: objective.name='examples.own_objective:SequenceRatio' brings its own token_loss",
     ),
-    "a dual clip without a ratio": (["objective.form=reinforce", "objective.dual_clip=3.0"], "objective.dual_clip=3.0: it bounds the ratio"),
+    "a dual clip without a ratio": (
+        ["objective.form=reinforce", "objective.dual_clip=3.0"],
+        "objective.dual_clip=3.0: it bounds the ratio",
+    ),
     "correction without rollouts": (
         ["objective.name=supervised", "objective.rollout_correction=2.0"],
         "objective.rollout_correction=2.0: it needs rollouts, and name=supervised has none",
