@@ -66,7 +66,7 @@ def new_models(config: Config, shape: ModelShape) -> tuple[Actor, Critic]:
 
 def train(actor: Actor, critic: Critic, config: Config, vocab: int, step: int) -> dict[str, float]:
     """A step of two mini-batches, so that values clip in the second."""
-    prepared = actor.prepare(recorded_step(config, vocab, seed=step, mini_batch_prompts=2), step)
+    prepared = actor.prepare(recorded_step(vocab, seed=step, mini_batch_prompts=2), step)
     judged = critic.judge(prepared.mini_batches)
     return critic.update(judged, CRITIC_RATE) | actor.update(replace(prepared, mini_batches=judged), POLICY_RATE)
 
