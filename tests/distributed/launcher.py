@@ -1,4 +1,4 @@
-"""Starts a test program on several ranks with torchrun, once for many cases, and reads what rank 0 found."""
+"""Starts a test program on several ranks, once for many cases, and reads what rank 0 found."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def run_cases(program: str, nproc: int, args: Sequence[str] = (), *, timeout_s: 
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-        command += ["-m", program, *args, "--results", str(results)]
+        command = [sys.executable, "-m", "tests.distributed.ranks", str(nproc), program, *args, "--results", str(results)]
         status, output = _run(command, timeout_s)
         if status != 0 or not results.is_file():
             print(output)
