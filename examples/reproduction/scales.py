@@ -34,7 +34,7 @@ SCALES = {
     "tiny": Scale(
         "tiny",
         Task(FOUR, base_steps=60, validation=8, test=8),
-        bases=(1, 2),
+        bases=(1,),
         seeds=(1, 2),
         steps=2,
         long_steps=4,

@@ -352,7 +352,7 @@ def test_what_is_done_is_only_read_and_the_search_decides_the_rates(tmp_path: Pa
     assert main(["tiny", "--out", str(tmp_path)]) == 0
     assert "runs to do" not in capsys.readouterr().out and not (tmp_path / "logs").exists() and not (tmp_path / "data").exists()
     read = read_results(tmp_path / "results.json")
-    assert {run.learning_rate for run in read.runs} == {best} and len(read.search) == 2 * len(METHODS) * 2
-    assert len(read.runs) == 2 * 2 * len(METHODS) and all(result.evaluation.step == 0 for result in read.bases)
+    assert {run.learning_rate for run in read.runs} == {best} and len(read.search) == len(METHODS) * len(scale.search_rates)
+    assert len(read.runs) == len(scale.seeds) * len(METHODS) and all(result.evaluation.step == 0 for result in read.bases)
     assert "| NSR |" in (tmp_path / "reproduction.md").read_text()
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduction_pass_at_k.png", "reproduction_long.png"}
