@@ -21,7 +21,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval; low and high are NaN where one run says nothing about others."""
+    """A mean with its 95 % interval; low and high are NaN where one run says nothing about others, and all three where there is none."""
 
     mean: float
     low: float
@@ -36,24 +36,35 @@ class Interval:
         return self.high < 0
 
 
+NO_RUN = Interval(math.nan, math.nan, math.nan)
+
+
 class Resampler:
     """Draws runs and problems again, the same draws for every quantity of a comparison. bases: the base of each run."""
 
     def __init__(self, bases: Sequence[int], problems: int) -> None:
         generator = np.random.default_rng(SEED)
+        self.weights = np.array([1 / (len(set(bases)) * list(bases).count(base)) for base in bases])
         self.run_weights = np.array([_draw_runs(generator, bases) for _ in range(RESAMPLES)])
         self.problem_weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES) / problems
 
     def intervals(self, values: np.ndarray) -> list[Interval]:
-        """values: float64 [runs, problems, columns]; one interval a column."""
+        """values: float64 [runs, problems, columns]; one interval a column. Bases count alike, however many runs each has."""
+        if not len(values):
+            return [NO_RUN] * values.shape[2]
         by_problem = np.einsum("sr,rpc->spc", self.run_weights, values)
         means = np.einsum("sp,spc->sc", self.problem_weights, by_problem)
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
-        return [Interval(*map(float, triple)) for triple in zip(values.mean(axis=(0, 1)), low, high, strict=True)]
+        return [
+            Interval(*map(float, triple))
+            for triple in zip(np.einsum("r,rpc->pc", self.weights, values).mean(axis=0), low, high, strict=True)
+        ]
 
 
 def run_interval(values: Sequence[float]) -> Interval:
     """Mean over runs and Student's t interval."""
+    if not values:
+        return NO_RUN
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Interval(mean, math.nan, math.nan)

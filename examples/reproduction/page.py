@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.reproduction import search
-from examples.reproduction.comparison import BASE, Comparison, Field
+from examples.reproduction.comparison import BASE, Comparison, Field, pass_1
 from examples.reproduction.figures import LONG_KS
 from examples.reproduction.intervals import RESAMPLES, Interval
 from examples.reproduction.orderings import NAMES, Evidence, Ordering, orderings
@@ -68,7 +68,7 @@ def _section(title: str, results: Results, prefix: str) -> str:
         _difference_table(equal, comparison.methods),
         "### At matched Pass@1",
         _matched_text(comparison),
-        _pass_at_k_table(matched, comparison.methods),
+        *([_pass_at_k_table(matched, comparison.methods)] if comparison.matched_levels() else []),
         "### Extended training",
         _long_table(comparison),
         f"![Pass@k against training steps](images/{prefix}_long.png)",
@@ -118,10 +118,14 @@ def _difference_table(field: Field, methods: Sequence[str]) -> str:
 
 
 def _matched_text(comparison: Comparison) -> str:
-    levels = comparison.matched_levels()
-    low, high = min(levels), max(levels)
-    level = _percent(low) if math.isclose(low, high) else f"{_percent(low)} to {_percent(high)}, by base and seed"
-    return f"Common Pass@1: {level}."
+    levels, pairs = comparison.matched_levels(), len(comparison.pairs)
+    used = f"{len(levels)} of {_count(pairs, 'pair')} of base and seed are used here"
+    if len(levels) < pairs:
+        used += "; in the others some method's Pass@1 never exceeded the base's"
+    if not levels:
+        return f"{used}. So nothing is left to compare, and what is asked at matched Pass@1 stays undecided."
+    bases = [pass_1(comparison.results.base(comparison.pairs[position][0])) for position in levels]
+    return f"{used}. Common Pass@1: {_range(list(levels.values()))}; the bases': {_range(bases)}."
 
 
 def _long_table(comparison: Comparison) -> str:
@@ -135,9 +139,10 @@ def _long_table(comparison: Comparison) -> str:
 
 
 def _evidence(ordering: Ordering) -> str:
-    rows = [(each.what, _interval(each)) for each in ordering.evidence]
+    rows = [(each.what, _interval(each)) for each in ordering.evidence if not math.isnan(each.interval.mean)]
     unit = "points" if ordering.evidence[0].unit == "points" else "nats"
-    return f"**{ordering.label}** {ordering.claim}: **{ordering.verdict}**. It {ordering.rule}.\n\n" + _table(("difference", unit), rows)
+    shown = _table(("difference", unit), rows) if rows else "There is no run to compare."
+    return f"**{ordering.label}** {ordering.claim}: **{ordering.verdict}**. It {ordering.rule}.\n\n{shown}"
 
 
 def _rates(results: Results) -> str:
@@ -200,6 +205,11 @@ def _interval(evidence: Evidence) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = _percent(min(shares)), _percent(max(shares))
+    return low if low == high else f"{low} to {high}"
 
 
 def _count(number: int, noun: str) -> str:

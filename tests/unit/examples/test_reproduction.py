@@ -159,6 +159,12 @@ def test_every_draw_of_runs_weighs_one_and_bases_alike(bases: list[int]) -> None
     assert np.allclose(by_base, np.round(by_base)) and np.allclose(weights.mean(axis=0), weights.mean(axis=0).clip(0.02))
 
 
+def test_a_base_with_more_runs_counts_no_more_than_another() -> None:
+    values = np.array([0.0, 0.0, 0.0, 1.0]).reshape(4, 1, 1)
+    [interval] = Resampler([1, 1, 1, 2], 1).intervals(values)
+    assert interval.mean == 0.5
+
+
 def test_problems_that_differ_widen_the_interval_of_a_mean_as_the_standard_error_says() -> None:
     values = np.random.default_rng(1).random((1, 400, 1))
     [interval] = Resampler([1], 400).intervals(values)
@@ -185,7 +191,34 @@ def test_matched_methods_have_the_same_pass_1(paper: Results) -> None:
     comparison = Comparison(paper)
     field = comparison.at_matched_pass_1()
     for table in field.tables.values():
-        assert np.allclose(table[:, :, 0].mean(axis=1), comparison.matched_levels())
+        assert np.allclose(table[:, :, 0].mean(axis=1), list(comparison.matched_levels().values()))
+    assert len(comparison.matched_levels()) == len(comparison.pairs)
+    assert "6 of 6 pairs of base and seed are used here. Common Pass@1" in render(None, paper, [])
+
+
+def never_better(of: Results, base: int) -> Results:
+    """The results, but GRPO stays below base number `base`."""
+
+    def worse(run: MethodResult) -> MethodResult:
+        if (run.method, run.base) != ("grpo", base):
+            return run
+        return replace(run, evaluations=tuple(replace(each, correct=(0,) * PROBLEMS) for each in run.evaluations))
+
+    return replace(of, runs=tuple(worse(run) for run in of.runs))
+
+
+def test_pairs_whose_common_pass_1_is_the_bases_decide_nothing_at_matched_pass_1(paper: Results) -> None:
+    half = never_better(paper, 1)
+    assert [Comparison(half).pairs[position] for position in Comparison(half).matched_levels()] == [(2, 1), (2, 2), (2, 3)]
+    assert "3 of 6 pairs of base and seed are used here; in the others" in render(None, half, [])
+    alone = replace(paper, bases=paper.bases[1:], runs=tuple(run for run in paper.runs if run.base == 2))
+    assert Comparison(half).at_matched_pass_1().level("psr") == Comparison(alone).at_matched_pass_1().level("psr")
+
+    none = never_better(half, 2)
+    found = verdicts(none)
+    assert {found[label] for label in ("(b), matched", "(c), matched", "(d), matched")} == {"undecided"}
+    page = render(None, none, [])
+    assert "0 of 6 pairs of base and seed" in page and page.count("There is no run to compare.") == 3 and "nan" not in page
 
 
 def test_a_missing_run_is_wrong_input(paper: Results) -> None:
