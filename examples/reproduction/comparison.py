@@ -31,10 +31,10 @@ class Field:
         return self.resampler.intervals(self.tables[left] - self.tables[right])
 
     def entropy_level(self, name: str) -> Interval:
-        return run_interval(self.entropy[name].tolist())
+        return run_interval(self.entropy[name].tolist(), self.resampler.bases)
 
     def entropy_difference(self, left: str, right: str) -> Interval:
-        return run_interval((self.entropy[left] - self.entropy[right]).tolist())
+        return run_interval((self.entropy[left] - self.entropy[right]).tolist(), self.resampler.bases)
 
 
 class Comparison:

@@ -2,7 +2,8 @@
 
 Pass@k is averaged over bases, seeds and problems, and all three are drawn again with replacement: bases, the runs of each drawn base, and
 the problems, the same ones for every run (Owen, "The pigeonhole bootstrap", 2007: it errs towards wide intervals in the problems). Few
-runs are the weak side: of three, the bootstrap understates how much a fourth may differ. Entropy has no problems to draw: Student's t.
+runs are the weak side: of three, the bootstrap understates how much a fourth may differ. Entropy has no problems to draw: Student's t, over
+bases where there are several, since the runs of one base share what that base is.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Resampler:
     """Draws runs and problems again, the same draws for every quantity of a comparison. bases: the base of each run."""
 
     def __init__(self, bases: Sequence[int], problems: int) -> None:
+        self.bases = bases
         generator = np.random.default_rng(SEED)
         self.weights = np.array([1 / (len(set(bases)) * list(bases).count(base)) for base in bases])
         self.run_weights = np.array([_draw_runs(generator, bases) for _ in range(RESAMPLES)])
@@ -61,10 +63,13 @@ class Resampler:
         ]
 
 
-def run_interval(values: Sequence[float]) -> Interval:
-    """Mean over runs and Student's t interval."""
+def run_interval(values: Sequence[float], bases: Sequence[int]) -> Interval:
+    """Mean and Student's t interval, over the means of the bases or, of a single base, over its runs. bases: the base of each value."""
     if not values:
         return NO_RUN
+    names = sorted(set(bases))
+    if len(names) > 1:
+        values = [float(np.mean([value for value, base in zip(values, bases, strict=True) if base == name])) for name in names]
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Interval(mean, math.nan, math.nan)

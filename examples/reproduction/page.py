@@ -34,7 +34,8 @@ behave as the paper describes where the whole experiment can be repeated by anyo
 READING = f"""## How to read it
 
 - Differences are paired: the same base, the same test problems. Intervals are at 95 %. Those of Pass@k come from {RESAMPLES} resamples of
-  bases, runs and problems; those of entropy are Student's t over runs. With one base they say nothing about other bases.
+  bases, runs and problems; those of entropy are Student's t over the means of the bases or, with one base, over its
+  runs. With one base they say nothing about other bases.
 - *Equal steps* compares methods after the same number of training steps. *Matched Pass@1* compares each where it first reaches the
   highest Pass@1 that all of them reach (interpolated between evaluations), so that a method that merely learns more slowly does not look
   more diverse.

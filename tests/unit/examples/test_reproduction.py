@@ -173,8 +173,13 @@ def test_problems_that_differ_widen_the_interval_of_a_mean_as_the_standard_error
 
 
 def test_entropies_interval_is_students() -> None:
-    interval = run_interval([1.0, 2.0, 3.0])
+    interval = run_interval([1.0, 2.0, 3.0], [1] * 3)
     assert interval.mean == 2.0 and interval.high - 2.0 == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_entropies_runs_of_one_base_count_as_one_where_there_are_several_bases() -> None:
+    interval = run_interval([0.9, 1.1, 2.0, 3.0, 3.0, 3.0], [1, 1, 2, 3, 3, 3])
+    assert interval.mean == pytest.approx(2.0) and interval.high - 2.0 == pytest.approx(4.303 / math.sqrt(3))
 
 
 def test_a_path_is_cut_where_it_first_reaches_the_level() -> None:
@@ -231,10 +236,10 @@ def test_a_missing_run_is_wrong_input(paper: Results) -> None:
 
 
 def test_verdicts_need_the_whole_interval() -> None:
-    interval = run_interval([1.0, 2.0, 3.0])
-    assert strictly_above([interval]) == "undecided" and strictly_above([run_interval([2.0, 2.1])]) == "holds"
-    assert strictly_above([interval, run_interval([-2.0, -2.1])]) == "does not hold"
-    assert not_below([run_interval([0.0, 0.0])]) == "holds" and not_below([interval]) == "undecided"
+    interval = run_interval([1.0, 2.0, 3.0], [1] * 3)
+    assert strictly_above([interval]) == "undecided" and strictly_above([run_interval([2.0, 2.1], [1] * 2)]) == "holds"
+    assert strictly_above([interval, run_interval([-2.0, -2.1], [1] * 2)]) == "does not hold"
+    assert not_below([run_interval([0.0, 0.0], [1] * 2)]) == "holds" and not_below([interval]) == "undecided"
 
 
 def test_results_survive_the_file(paper: Results, tmp_path: Path) -> None:
