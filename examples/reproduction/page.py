@@ -150,7 +150,7 @@ def _rates(results: Results) -> str:
     used = {method: sorted({run.learning_rate for run in results.of(method)}) for method in results.methods}
     text = "Used: " + ", ".join(f"{NAMES[method]} {', '.join(f'{rate:g}' for rate in rates)}" for method, rates in used.items()) + "."
     if not results.search:
-        return f"{text} No search was made in this comparison: the rates are fixed in `examples/reproduction/plan.py`."
+        return f"{text} No search was made in this comparison: the rates are fixed in `examples/reproduction/scales.py`."
     seeds = sorted({run.seed for run in results.search})
     runs = f"{_count(len({run.base for run in results.search}), 'base')}, seeds {', '.join(map(str, seeds))}"
     scores = search.scores(results.search)
