@@ -38,7 +38,8 @@ READING = f"""## How to read it
   runs. With one base they say nothing about other bases.
 - *Equal steps* compares methods after the same number of training steps. *Matched Pass@1* compares each where it first reaches the
   highest Pass@1 that all of them reach (interpolated between evaluations), so that a method that merely learns more slowly does not look
-  more diverse.
+  more diverse. That level is chosen on the test samples that are then compared, so the luck of these samples is in it and the
+  intervals do not show it.
 - *undecided* means that the intervals are too wide for the rule, not that the claim is wrong.
 """
 
