@@ -11,7 +11,7 @@ from examples.reproduction.comparison import BASE, Comparison, Field, pass_1
 from examples.reproduction.figures import LONG_KS
 from examples.reproduction.intervals import RESAMPLES, Interval
 from examples.reproduction.orderings import NAMES, Evidence, Ordering, orderings
-from examples.reproduction.plan import LONG_METHODS
+from examples.reproduction.plan import LONG_METHODS, METHODS
 from examples.reproduction.results import KS, Results, full_curve
 
 WANTED_PASS_256 = 0.90, 0.97
@@ -96,9 +96,14 @@ def _setting(results: Results) -> str:
         f"{settings['numbers']} numbers (1 to {settings['largest_operand']}, values up to {settings['largest_value']}, operators drawn "
         f"from `{settings['operators']}`), "
         f"{settings['base_steps']:,} supervised steps; {counts}; {settings['test']} test problems, n = {settings['samples']} "
-        f"(base: {results.bases[0].evaluation.n}). Pass@{largest} of the base: {reach}. "
+        f"(base: {results.bases[0].evaluation.n}). Pass@{largest} of the base: {reach}. {_missing(results)}"
         f"It took {hours}, on {environment['hardware']['cores']} cores ({environment['hardware']['cpu']}), at commit {commit[:12]}."
     )
+
+
+def _missing(results: Results) -> str:
+    missing = [NAMES[method] for method in METHODS if method not in results.methods]
+    return f"Not in this comparison: {', '.join(missing)}. " if missing else ""
 
 
 def _verdicts(found: Iterable[Ordering]) -> str:

@@ -17,7 +17,19 @@ TASK = Task(replace(SIX, operators=SELDOM), 1000, CAREFUL, test=150)
 RATES = dict.fromkeys(METHODS, 1e-4)
 
 SCALES = {
-    "one": Scale("one", TASK, bases=(1,), seeds=(1, 2, 3), steps=40, long_steps=120, every=20, samples=64, base_samples=128, rates=RATES),
+    "one": Scale(
+        "one",
+        TASK,
+        bases=(1,),
+        seeds=(1, 2, 3),
+        steps=40,
+        long_steps=120,
+        every=20,
+        samples=64,
+        base_samples=128,
+        methods=tuple(name for name in METHODS if name != "ppo"),  # left out to stay within the hour
+        rates=RATES,
+    ),
     "full": Scale(
         "full",
         TASK,

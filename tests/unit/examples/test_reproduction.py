@@ -262,6 +262,7 @@ def test_the_page_says_what_the_numbers_say_and_what_is_missing(paper: Results, 
     for each in found:
         assert f"| {each.label} | {each.claim} | **{each.verdict}** |" in page
     assert all(f"| {mean} (" in page for mean in evidence_means(found))
+    assert "Not in this comparison: PPO. " in page
     assert "2 bases" in page and "2 minutes by the clock and 3 minutes of CPU time" in page
     nothing = render(None, None, [])
     assert nothing.count("**Not run yet**") == 2 and "|" not in nothing
@@ -308,6 +309,10 @@ def test_every_run_is_a_training_command_that_loads_and_no_two_draw_alike(tmp_pa
         if config.objective.name != "supervised":
             assert config.run.seed not in {0, 1, 2, 3} and config.model.path == str(tmp_path / name.split("/")[0] / "base" / "hf")
             seeds.setdefault(config.objective.name, set()).add(config.run.seed)
+        if config.objective.name == "ppo":
+            assert config.critic.learning_rate == pytest.approx(10 * config.optimizer.learning_rate)
+            assert config.objective.kl_coefficient == 1e-3
+    assert "ppo" in seeds
     assert all(config.rates is None or set(config.rates) >= set(config.methods) for config in SCALES.values())
 
 
