@@ -31,10 +31,10 @@ class Field:
         return self.resampler.intervals(self.tables[left] - self.tables[right])
 
     def entropy_level(self, name: str) -> Interval:
-        return run_interval(self.entropy[name].tolist())
+        return run_interval(self.entropy[name].tolist(), self.resampler.bases)
 
     def entropy_difference(self, left: str, right: str) -> Interval:
-        return run_interval((self.entropy[left] - self.entropy[right]).tolist())
+        return run_interval((self.entropy[left] - self.entropy[right]).tolist(), self.resampler.bases)
 
 
 class Comparison:
@@ -46,8 +46,8 @@ class Comparison:
         for method in self.methods:
             if (own := [(run.base, run.seed) for run in results.of(method)]) != self.pairs:
                 raise UserError(f"{method} was run with (base, seed) {own}, and {self.methods[0]} with {self.pairs}: run the missing ones")
-        problems = len(results.bases[0].evaluation.correct)
-        self.resampler = Resampler([base for base, _ in self.pairs], problems)
+        self.problems = len(results.bases[0].evaluation.correct)
+        self.resampler = Resampler([base for base, _ in self.pairs], self.problems)
 
     def at_equal_steps(self) -> Field:
         """Every method after the same number of steps, and the base."""
@@ -57,25 +57,33 @@ class Comparison:
         """The methods after `step` steps, and the base that each run started from."""
         chosen = {method: [run.at(step) for run in self.results.of(method)] for method in methods}
         chosen[BASE] = [self.results.base(base) for base, _ in self.pairs]
-        return self._field({name: [(each.table, each.entropy) for each in row] for name, row in chosen.items()})
+        return self._field({name: [(each.table, each.entropy) for each in row] for name, row in chosen.items()}, self.resampler)
 
     def at_matched_pass_1(self) -> Field:
-        """Each method where it first reaches the highest Pass@1 that all methods of the same base and seed reach.
+        """Each method where it first reaches the highest Pass@1 that all methods of the same base and seed reach, over `matched_levels`.
 
-        Between two evaluations Pass@k of each problem, and the entropy, are interpolated.
+        Between two evaluations Pass@k of each problem, and the entropy, are interpolated. No pair left: every interval is NaN.
         """
-        points: dict[str, list[tuple[np.ndarray, float]]] = {method: [] for method in self.methods}
-        for position in range(len(self.pairs)):
-            paths = {method: self._path(self.results.of(method)[position]) for method in self.methods}
-            level = min(max(pass_1(each) for each in path) for path in paths.values())
-            for method, path in paths.items():
-                points[method].append(crossing(path, level))
-        return self._field(points)
+        levels = self.matched_levels()
+        points = {
+            method: [crossing(self._path(self.results.of(method)[position]), level) for position, level in levels.items()]
+            for method in self.methods
+        }
+        resampler = Resampler([self.pairs[position][0] for position in levels], self.problems)
+        return self._field(points, resampler)
 
-    def matched_levels(self) -> list[float]:
-        """The common Pass@1 of each (base, seed)."""
-        runs = zip(*(self.results.of(method) for method in self.methods), strict=True)
-        return [min(max(pass_1(each) for each in self._path(run)) for run in group) for group in runs]
+    def matched_levels(self) -> dict[int, float]:
+        """The common Pass@1 by position in `pairs`.
+
+        A pair in which some method never beats the base has no entry: every method would stand at the base, and all differences be 0.
+        """
+        levels = {}
+        for position, (base, _) in enumerate(self.pairs):
+            paths = [self._path(self.results.of(method)[position]) for method in self.methods]
+            level = min(max(pass_1(each) for each in path) for path in paths)
+            if level > pass_1(self.results.base(base)):
+                levels[position] = level
+        return levels
 
     def long_steps(self, method: str) -> list[int]:
         """The steps at which every run of a method was evaluated."""
@@ -92,11 +100,12 @@ class Comparison:
         """The base, then the run's evaluations up to the comparison's step."""
         return [self.results.base(run.base), *(each for each in run.evaluations if each.step <= self.results.steps)]
 
-    def _field(self, rows: Mapping[str, Sequence[tuple[np.ndarray, float]]]) -> Field:
+    def _field(self, rows: Mapping[str, Sequence[tuple[np.ndarray, float]]], resampler: Resampler) -> Field:
+        shape = -1, self.problems, len(KS)  # also where there is no run
         return Field(
-            tables={name: np.stack([table for table, _ in row]) for name, row in rows.items()},
+            tables={name: np.array([table for table, _ in row]).reshape(shape) for name, row in rows.items()},
             entropy={name: np.array([entropy for _, entropy in row]) for name, row in rows.items()},
-            resampler=self.resampler,
+            resampler=resampler,
         )
 
 

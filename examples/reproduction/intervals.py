@@ -2,7 +2,8 @@
 
 Pass@k is averaged over bases, seeds and problems, and all three are drawn again with replacement: bases, the runs of each drawn base, and
 the problems, the same ones for every run (Owen, "The pigeonhole bootstrap", 2007: it errs towards wide intervals in the problems). Few
-runs are the weak side: of three, the bootstrap understates how much a fourth may differ. Entropy has no problems to draw: Student's t.
+runs are the weak side: of three, the bootstrap understates how much a fourth may differ. Entropy has no problems to draw: Student's t, over
+bases where there are several, since the runs of one base share what that base is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its 95 % interval; low and high are NaN where one run says nothing about others."""
+    """A mean with its 95 % interval; low and high are NaN where one run says nothing about others, and all three where there is none."""
 
     mean: float
     low: float
@@ -36,24 +37,39 @@ class Interval:
         return self.high < 0
 
 
+NO_RUN = Interval(math.nan, math.nan, math.nan)
+
+
 class Resampler:
     """Draws runs and problems again, the same draws for every quantity of a comparison. bases: the base of each run."""
 
     def __init__(self, bases: Sequence[int], problems: int) -> None:
+        self.bases = bases
         generator = np.random.default_rng(SEED)
+        self.weights = np.array([1 / (len(set(bases)) * list(bases).count(base)) for base in bases])
         self.run_weights = np.array([_draw_runs(generator, bases) for _ in range(RESAMPLES)])
         self.problem_weights = generator.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES) / problems
 
     def intervals(self, values: np.ndarray) -> list[Interval]:
-        """values: float64 [runs, problems, columns]; one interval a column."""
+        """values: float64 [runs, problems, columns]; one interval a column. Bases count alike, however many runs each has."""
+        if not len(values):
+            return [NO_RUN] * values.shape[2]
         by_problem = np.einsum("sr,rpc->spc", self.run_weights, values)
         means = np.einsum("sp,spc->sc", self.problem_weights, by_problem)
         low, high = np.percentile(means, [2.5, 97.5], axis=0)
-        return [Interval(*map(float, triple)) for triple in zip(values.mean(axis=(0, 1)), low, high, strict=True)]
+        return [
+            Interval(*map(float, triple))
+            for triple in zip(np.einsum("r,rpc->pc", self.weights, values).mean(axis=0), low, high, strict=True)
+        ]
 
 
-def run_interval(values: Sequence[float]) -> Interval:
-    """Mean over runs and Student's t interval."""
+def run_interval(values: Sequence[float], bases: Sequence[int]) -> Interval:
+    """Mean and Student's t interval, over the means of the bases or, of a single base, over its runs. bases: the base of each value."""
+    if not values:
+        return NO_RUN
+    names = sorted(set(bases))
+    if len(names) > 1:
+        values = [float(np.mean([value for value, base in zip(values, bases, strict=True) if base == name])) for name in names]
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Interval(mean, math.nan, math.nan)

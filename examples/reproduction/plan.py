@@ -18,6 +18,7 @@ from examples.quickstart.puzzle import Ranges
 from megatron_nsr.observability.run_directory import RunDirectory
 
 BASE_CONFIG, OBJECTIVES_CONFIG = CONFIGS / "reproduction" / "base.yaml", CONFIGS / "reproduction" / "objectives.yaml"
+CRITIC_RATE_FACTOR = 10  # PPO's critic learns faster than its policy, as in the package's defaults
 # Each method with what the paper gives to it alone.
 METHODS: dict[str, tuple[str, ...]] = {
     "psr": (),
@@ -25,6 +26,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "w_reinforce": (),
     "reinforce": (),
     "grpo": ("objective.kl_coefficient=1e-3",),
+    "ppo": ("objective.kl_coefficient=1e-3",),
 }
 LONG_METHODS = ("nsr", "w_reinforce")  # of the extended-training curve
 
@@ -153,8 +155,9 @@ def jobs_of(runs: Sequence[BaseRun] | Sequence[MethodRun]) -> list[Job]:
 def _method_run(
     scale: Scale, out: Path, base: int, method: str, seed: int, rate: float, steps: int, name: str, split: str, every: int
 ) -> MethodRun:
+    critic = (f"critic.learning_rate={CRITIC_RATE_FACTOR * rate:g}",) if method == "ppo" else ()  # no other method has one
     overrides = (
-        *(f"objective.name={method}", *METHODS[method], f"optimizer.learning_rate={rate:g}"),
+        *(f"objective.name={method}", *METHODS[method], f"optimizer.learning_rate={rate:g}", *critic),
         *(f"model.path={out / f'base_{base}' / 'base' / 'hf'}", f"data.train={out / 'data' / 'train.jsonl'}"),
         # No two runs draw alike: a run that shares its draws with another would count as half a run.
         *(f"run.seed={1000 * base + seed}", f"run.steps={steps}", f"evaluation.every={every}", f"evaluation.samples={scale.samples}"),

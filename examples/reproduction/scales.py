@@ -17,7 +17,19 @@ TASK = Task(replace(SIX, operators=SELDOM), 1000, CAREFUL, test=150)
 RATES = dict.fromkeys(METHODS, 1e-4)
 
 SCALES = {
-    "one": Scale("one", TASK, bases=(1,), seeds=(1, 2, 3), steps=40, long_steps=120, every=20, samples=64, base_samples=128, rates=RATES),
+    "one": Scale(
+        "one",
+        TASK,
+        bases=(1,),
+        seeds=(1, 2, 3),
+        steps=40,
+        long_steps=120,
+        every=20,
+        samples=64,
+        base_samples=128,
+        methods=tuple(name for name in METHODS if name != "ppo"),  # left out to stay within the hour
+        rates=RATES,
+    ),
     "full": Scale(
         "full",
         TASK,
@@ -34,7 +46,7 @@ SCALES = {
     "tiny": Scale(
         "tiny",
         Task(FOUR, base_steps=60, validation=8, test=8),
-        bases=(1, 2),
+        bases=(1,),
         seeds=(1, 2),
         steps=2,
         long_steps=4,

@@ -159,6 +159,12 @@ def test_every_draw_of_runs_weighs_one_and_bases_alike(bases: list[int]) -> None
     assert np.allclose(by_base, np.round(by_base)) and np.allclose(weights.mean(axis=0), weights.mean(axis=0).clip(0.02))
 
 
+def test_a_base_with_more_runs_counts_no_more_than_another() -> None:
+    values = np.array([0.0, 0.0, 0.0, 1.0]).reshape(4, 1, 1)
+    [interval] = Resampler([1, 1, 1, 2], 1).intervals(values)
+    assert interval.mean == 0.5
+
+
 def test_problems_that_differ_widen_the_interval_of_a_mean_as_the_standard_error_says() -> None:
     values = np.random.default_rng(1).random((1, 400, 1))
     [interval] = Resampler([1], 400).intervals(values)
@@ -167,8 +173,13 @@ def test_problems_that_differ_widen_the_interval_of_a_mean_as_the_standard_error
 
 
 def test_entropies_interval_is_students() -> None:
-    interval = run_interval([1.0, 2.0, 3.0])
+    interval = run_interval([1.0, 2.0, 3.0], [1] * 3)
     assert interval.mean == 2.0 and interval.high - 2.0 == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_entropies_runs_of_one_base_count_as_one_where_there_are_several_bases() -> None:
+    interval = run_interval([0.9, 1.1, 2.0, 3.0, 3.0, 3.0], [1, 1, 2, 3, 3, 3])
+    assert interval.mean == pytest.approx(2.0) and interval.high - 2.0 == pytest.approx(4.303 / math.sqrt(3))
 
 
 def test_a_path_is_cut_where_it_first_reaches_the_level() -> None:
@@ -185,7 +196,34 @@ def test_matched_methods_have_the_same_pass_1(paper: Results) -> None:
     comparison = Comparison(paper)
     field = comparison.at_matched_pass_1()
     for table in field.tables.values():
-        assert np.allclose(table[:, :, 0].mean(axis=1), comparison.matched_levels())
+        assert np.allclose(table[:, :, 0].mean(axis=1), list(comparison.matched_levels().values()))
+    assert len(comparison.matched_levels()) == len(comparison.pairs)
+    assert "6 of 6 pairs of base and seed are used here. Common Pass@1" in render(None, paper, [])
+
+
+def never_better(of: Results, base: int) -> Results:
+    """The results, but GRPO stays below base number `base`."""
+
+    def worse(run: MethodResult) -> MethodResult:
+        if (run.method, run.base) != ("grpo", base):
+            return run
+        return replace(run, evaluations=tuple(replace(each, correct=(0,) * PROBLEMS) for each in run.evaluations))
+
+    return replace(of, runs=tuple(worse(run) for run in of.runs))
+
+
+def test_pairs_whose_common_pass_1_is_the_bases_decide_nothing_at_matched_pass_1(paper: Results) -> None:
+    half = never_better(paper, 1)
+    assert [Comparison(half).pairs[position] for position in Comparison(half).matched_levels()] == [(2, 1), (2, 2), (2, 3)]
+    assert "3 of 6 pairs of base and seed are used here; in the others" in render(None, half, [])
+    alone = replace(paper, bases=paper.bases[1:], runs=tuple(run for run in paper.runs if run.base == 2))
+    assert Comparison(half).at_matched_pass_1().level("psr") == Comparison(alone).at_matched_pass_1().level("psr")
+
+    none = never_better(half, 2)
+    found = verdicts(none)
+    assert {found[label] for label in ("(b), matched", "(c), matched", "(d), matched")} == {"undecided"}
+    page = render(None, none, [])
+    assert "0 of 6 pairs of base and seed" in page and page.count("There is no run to compare.") == 3 and "nan" not in page
 
 
 def test_a_missing_run_is_wrong_input(paper: Results) -> None:
@@ -198,10 +236,10 @@ def test_a_missing_run_is_wrong_input(paper: Results) -> None:
 
 
 def test_verdicts_need_the_whole_interval() -> None:
-    interval = run_interval([1.0, 2.0, 3.0])
-    assert strictly_above([interval]) == "undecided" and strictly_above([run_interval([2.0, 2.1])]) == "holds"
-    assert strictly_above([interval, run_interval([-2.0, -2.1])]) == "does not hold"
-    assert not_below([run_interval([0.0, 0.0])]) == "holds" and not_below([interval]) == "undecided"
+    interval = run_interval([1.0, 2.0, 3.0], [1] * 3)
+    assert strictly_above([interval]) == "undecided" and strictly_above([run_interval([2.0, 2.1], [1] * 2)]) == "holds"
+    assert strictly_above([interval, run_interval([-2.0, -2.1], [1] * 2)]) == "does not hold"
+    assert not_below([run_interval([0.0, 0.0], [1] * 2)]) == "holds" and not_below([interval]) == "undecided"
 
 
 def test_results_survive_the_file(paper: Results, tmp_path: Path) -> None:
@@ -224,6 +262,7 @@ def test_the_page_says_what_the_numbers_say_and_what_is_missing(paper: Results, 
     for each in found:
         assert f"| {each.label} | {each.claim} | **{each.verdict}** |" in page
     assert all(f"| {mean} (" in page for mean in evidence_means(found))
+    assert "Not in this comparison: PPO. " in page
     assert "2 bases" in page and "2 minutes by the clock and 3 minutes of CPU time" in page
     nothing = render(None, None, [])
     assert nothing.count("**Not run yet**") == 2 and "|" not in nothing
@@ -270,6 +309,10 @@ def test_every_run_is_a_training_command_that_loads_and_no_two_draw_alike(tmp_pa
         if config.objective.name != "supervised":
             assert config.run.seed not in {0, 1, 2, 3} and config.model.path == str(tmp_path / name.split("/")[0] / "base" / "hf")
             seeds.setdefault(config.objective.name, set()).add(config.run.seed)
+        if config.objective.name == "ppo":
+            assert config.critic.learning_rate == pytest.approx(10 * config.optimizer.learning_rate)
+            assert config.objective.kl_coefficient == 1e-3
+    assert "ppo" in seeds
     assert all(config.rates is None or set(config.rates) >= set(config.methods) for config in SCALES.values())
 
 
@@ -352,7 +395,7 @@ def test_what_is_done_is_only_read_and_the_search_decides_the_rates(tmp_path: Pa
     assert main(["tiny", "--out", str(tmp_path)]) == 0
     assert "runs to do" not in capsys.readouterr().out and not (tmp_path / "logs").exists() and not (tmp_path / "data").exists()
     read = read_results(tmp_path / "results.json")
-    assert {run.learning_rate for run in read.runs} == {best} and len(read.search) == 2 * len(METHODS) * 2
-    assert len(read.runs) == 2 * 2 * len(METHODS) and all(result.evaluation.step == 0 for result in read.bases)
+    assert {run.learning_rate for run in read.runs} == {best} and len(read.search) == len(METHODS) * len(scale.search_rates)
+    assert len(read.runs) == len(scale.seeds) * len(METHODS) and all(result.evaluation.step == 0 for result in read.bases)
     assert "| NSR |" in (tmp_path / "reproduction.md").read_text()
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduction_pass_at_k.png", "reproduction_long.png"}
