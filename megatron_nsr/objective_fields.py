@@ -13,6 +13,9 @@ _ONLY_FOR = {
     ("topr",): ("positive_ratio", "negative_ratio"),
 }
 
+# Objectives to which a prompt whose responses are all correct or all wrong still teaches something.
+_LEARNS_FROM_UNMIXED = ("psr", "nsr", "w_reinforce", "reinforce", "topr", "ppo")
+
 
 def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises ValueError where a field is set that the objective does not read, and where fields contradict one another."""
@@ -35,6 +38,8 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         refuse(("nsr_steps",), f"it leads from NSR to an objective with one of the built-in losses, and name is {name}")
     if name == "ppo":
         refuse(("nsr_steps",), "ppo's critic learns from both outcomes from the first step on; critic.warmup_steps lets it learn alone")
+    if name in _LEARNS_FROM_UNMIXED:
+        refuse(("sampling_rounds",), f"it would replace prompts that are always or never solved, and name={name} learns from them")
     if given["preset"] and name not in PRESET_OBJECTIVES:
         raise ValueError(f"objective.preset={given['preset']}: it is for {', '.join(PRESET_OBJECTIVES)}, and name is {name}")
     _check_schedule(given, refuse)

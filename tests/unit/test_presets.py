@@ -99,6 +99,8 @@ def test_what_is_no_configuration_is_left_to_the_schema(objective: Any) -> None:
         ("nsr", {"form": "probability", "dual_clip": 3.0}, "objective.dual_clip=3.0: it bounds the ratio of form=clipped"),
         ("supervised", {"kl_coefficient": 0.1}, "objective.kl_coefficient=0.1: it needs rollouts, and name=supervised has none"),
         ("supervised", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it needs rollouts"),
+        ("nsr", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
+        ("ppo", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
         ("dapo", {"preset": "paper"}, "objective.preset=paper: it is for psr, nsr, w_reinforce, reinforce, grpo, ppo, and name is dapo"),
         ("w_reinforce", {"lambda_final": 2.0}, "objective.lambda_final=2.0: it needs lambda_schedule linear or cosine"),
         ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_end_step=0: it must be 1 or more"),
