@@ -34,6 +34,7 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         refuse(("eps_low", "eps_high", "dual_clip"), f"it bounds the ratio of form=clipped, and form is {given['form']}")
     if name == "supervised":
         refuse(("rollout_correction", "sampling_rounds", "kl_coefficient", "nsr_steps"), "it needs rollouts, and name=supervised has none")
+        refuse(("normalization", "eps_low", "eps_high", "dual_clip"), "name=supervised makes one update a step, of all its responses")
     if name in ("nsr", "topr"):
         refuse(("nsr_steps",), f"it leads from NSR to an objective with one of the built-in losses, and name is {name}")
     if name == "ppo":
@@ -51,8 +52,7 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
 def _check_schedule(given: Mapping[str, Any], refuse: Callable[[Iterable[str], str], None]) -> None:
     if given["lambda_schedule"] == "constant":
         refuse(("lambda_final", "lambda_start_step", "lambda_end_step"), "it needs lambda_schedule linear or cosine, not constant")
-    elif given["lambda_end_step"] < max(1, given["lambda_start_step"]):
+    elif given["lambda_end_step"] <= given["lambda_start_step"]:
         raise ValueError(
-            f"objective.lambda_end_step={given['lambda_end_step']}: it must be 1 or more, and no less than "
-            f"lambda_start_step={given['lambda_start_step']}"
+            f"objective.lambda_end_step={given['lambda_end_step']}: it must be above lambda_start_step={given['lambda_start_step']}"
         )
