@@ -203,12 +203,12 @@ def _set_apart(
     if data.validation is None:
         return train, {}
     if isinstance(data.validation, int):
-        train, held_out = hold_out(train, data.validation, seed=data.validation_seed)
-        return train, {VALIDATION: held_out}
-    given = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
+        train, chosen = hold_out(train, data.validation, seed=data.validation_seed)
+    else:
+        chosen = _read(config, tokenizer, data.validation, _field(VALIDATION), None)
     others = {"data.train": train} | {_field(name): problems for name, problems in benchmarks.items()}
-    require_disjoint(given, data.validation, others)
-    return train, {VALIDATION: given}
+    require_disjoint(chosen, str(data.validation), others)
+    return train, {VALIDATION: chosen}
 
 
 def _check_own_loss(objective: Objective, config: Config) -> None:

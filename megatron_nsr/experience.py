@@ -74,9 +74,10 @@ class GradedRollouts:
 
     def collect(self, batches: Iterator[Sequence[Prompt]], step: int, clock: PhaseClock) -> Experience:
         samples, settings, objective = self.config.rollout.samples_per_prompt, self.config.objective, self.schedule.at(step)
+        most_rounds = settings.sampling_rounds if step > self.schedule.nsr_steps else 1  # NSR learns most where all is wrong
         rounds = [self._round(next(batches), step, clock)]
         groups = rounds[0]
-        while len(rounds) < settings.sampling_rounds and not all(group.mixed for group in groups):
+        while len(rounds) < most_rounds and not all(group.mixed for group in groups):
             sampled = {group.prompt.id for drawn in rounds for group in drawn}
             # A new epoch may bring a prompt for the second time, and its seeds would draw the same responses.
             further = [prompt for prompt in next(batches) if prompt.id not in sampled]

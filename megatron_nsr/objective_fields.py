@@ -13,6 +13,9 @@ _ONLY_FOR = {
     ("topr",): ("positive_ratio", "negative_ratio"),
 }
 
+# Objectives to which a prompt whose responses are all correct or all wrong still teaches something.
+_LEARNS_FROM_UNMIXED = ("psr", "nsr", "w_reinforce", "reinforce", "topr", "ppo")
+
 
 def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises ValueError where a field is set that the objective does not read, and where fields contradict one another."""
@@ -31,10 +34,13 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
         refuse(("eps_low", "eps_high", "dual_clip"), f"it bounds the ratio of form=clipped, and form is {given['form']}")
     if name == "supervised":
         refuse(("rollout_correction", "sampling_rounds", "kl_coefficient", "nsr_steps"), "it needs rollouts, and name=supervised has none")
+        refuse(("normalization", "eps_low", "eps_high", "dual_clip"), "name=supervised makes one update a step, of all its responses")
     if name in ("nsr", "topr"):
         refuse(("nsr_steps",), f"it leads from NSR to an objective with one of the built-in losses, and name is {name}")
     if name == "ppo":
         refuse(("nsr_steps",), "ppo's critic learns from both outcomes from the first step on; critic.warmup_steps lets it learn alone")
+    if name in _LEARNS_FROM_UNMIXED:
+        refuse(("sampling_rounds",), f"it would replace prompts that are always or never solved, and name={name} learns from them")
     if given["preset"] and name not in PRESET_OBJECTIVES:
         raise ValueError(f"objective.preset={given['preset']}: it is for {', '.join(PRESET_OBJECTIVES)}, and name is {name}")
     _check_schedule(given, refuse)
@@ -46,8 +52,7 @@ def check_objective(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
 def _check_schedule(given: Mapping[str, Any], refuse: Callable[[Iterable[str], str], None]) -> None:
     if given["lambda_schedule"] == "constant":
         refuse(("lambda_final", "lambda_start_step", "lambda_end_step"), "it needs lambda_schedule linear or cosine, not constant")
-    elif given["lambda_end_step"] < max(1, given["lambda_start_step"]):
+    elif given["lambda_end_step"] <= given["lambda_start_step"]:
         raise ValueError(
-            f"objective.lambda_end_step={given['lambda_end_step']}: it must be 1 or more, and no less than "
-            f"lambda_start_step={given['lambda_start_step']}"
+            f"objective.lambda_end_step={given['lambda_end_step']}: it must be above lambda_start_step={given['lambda_start_step']}"
         )

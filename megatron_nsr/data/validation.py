@@ -33,14 +33,14 @@ def hold_out(train: PromptSet, count: int, *, seed: int) -> tuple[PromptSet, Pro
     return PromptSet(kept, train.too_long), PromptSet(tuple(train.prompts[index] for index in sorted(first)), 0)
 
 
-def require_disjoint(validation: PromptSet, path: str, others: Mapping[str, PromptSet]) -> None:
-    """Raises UserError where a problem of data.validation=`path` is also trained on, or judged by. others: by their config field."""
+def require_disjoint(validation: PromptSet, given: str, others: Mapping[str, PromptSet]) -> None:
+    """Raises UserError where a problem of data.validation=`given` is also trained on, or judged by. others: by their config field."""
     for field, other in others.items():
         known = {_problem(prompt) for prompt in other.prompts}
         both = [prompt.id for prompt in validation.prompts if _problem(prompt) in known]
         if both:
             raise UserError(
-                f"data.validation={path}: {len(both)} of its {len(validation.prompts)} problems are in {field} too, "
+                f"data.validation={given}: {len(both)} of its {len(validation.prompts)} problems are in {field} too, "
                 f"the first is {both[0]}; take them out of one of the two"
             )
 

@@ -1,4 +1,4 @@
-"""The report of runs: one HTML page that needs nothing else, and the Pass@k table and picture.
+"""The report of runs: one HTML page that needs nothing else, and the Pass@k table.
 
 May import: observability, types, jinja2 and rich.
 """
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_nsr import __version__
 from megatron_nsr.evaluation.report_data import RunData, benchmark_names, load_runs
-from megatron_nsr.evaluation.report_figures import heldout_entropy_figures, pass_at_k_figures, pass_at_k_picture, time_figures
+from megatron_nsr.evaluation.report_figures import heldout_entropy_figures, pass_at_k_figures, time_figures
 from megatron_nsr.evaluation.report_panels import engine_figures, learning_figures, other_figures, sign_figures, speed_figures
 from megatron_nsr.evaluation.report_tables import (
     config_differences,
@@ -27,7 +27,7 @@ from megatron_nsr.evaluation.report_tables import (
     shown_ks,
     summary_table,
 )
-from megatron_nsr.observability.plots import MARKERS, color_of, css_color, marker_of, theme_variables, write_png
+from megatron_nsr.observability.plots import MARKERS, color_of, css_color, marker_of, theme_variables
 from megatron_nsr.observability.run_directory import write_atomic
 from megatron_nsr.types import UserError
 
@@ -91,17 +91,6 @@ def render_pass_at_k_table(runs: Sequence[Path]) -> Table:
             names = [run.name, benchmark] if len(benchmarks) > 1 else [run.name]
             table.add_row(*names, str(run.steps), *values, number_text(run.final_entropy))
     return table
-
-
-def write_pass_at_k_figure(runs: Sequence[Path], out_png: Path) -> None:
-    """Draws each run's final Pass@k curve with its 95 % band, one panel a benchmark.
-
-    Raises UserError where an argument is no run directory, or no run was evaluated.
-    """
-    data = load_runs(runs)
-    if not benchmark_names(data):
-        raise UserError(f"runs {', '.join(str(path) for path in runs)}: none holds an evaluation (eval/step_N.json)")
-    write_png(pass_at_k_picture(data), out_png)
 
 
 def _missing_lines(runs: Sequence[RunData]) -> list[str]:

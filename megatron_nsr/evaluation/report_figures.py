@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import nan
 
-from matplotlib.figure import Figure
-
-from megatron_nsr.evaluation.report_data import BenchmarkResult, Curve, RunData, benchmark_names, difference_interval
+from megatron_nsr.evaluation.report_data import BenchmarkResult, Curve, RunData, difference_interval
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
     WIDE,
@@ -22,7 +20,6 @@ from megatron_nsr.observability.plots import (
     css_color,
     line_figure,
     marker_of,
-    panels_figure,
     smoothing_window,
     stacked_bars_figure,
     to_svg,
@@ -102,12 +99,6 @@ def pass_at_k_lines(runs: Sequence[RunData], benchmark: str) -> list[Line]:
     """Each run's last Pass@k curve on a benchmark in percent, with its band where the file holds it or the counts per problem."""
     results = [run.final(benchmark) for run in runs]
     return _curves(runs, [None if result is None else Curve(result.pass_at_k, result.intervals) for result in results])
-
-
-def pass_at_k_picture(runs: Sequence[RunData]) -> Figure:
-    """The Pass@k curves of every benchmark as one matplotlib figure with its own legend."""
-    panels = {benchmark: pass_at_k_lines(runs, benchmark) for benchmark in benchmark_names(runs)}
-    return panels_figure(panels, x_label="k", y_label="Pass@k, %", x_scale="log2")
 
 
 def run_line(index: int, label: str, x: Sequence[float], y: Sequence[float], *, dashed: bool = False) -> Line:

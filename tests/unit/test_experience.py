@@ -90,6 +90,13 @@ def test_the_number_of_rounds_is_limited_and_what_is_unmixed_stays() -> None:
     assert [prompt.id for prompt in found.prompts] == ["d", "b"]
 
 
+def test_nothing_is_replaced_while_nsr_warms_up() -> None:
+    warm_up = ObjectiveSchedule(build_objective("grpo"), nsr_steps=1)
+    batches = ["a:++ b:--", "c:+- d:+-"]
+    asked = [collect(batches, step=step, schedule=warm_up, sampling_rounds=2)[1].asked for step in (1, 2)]
+    assert asked == [[["a", "b"]], [["a", "b"], ["c", "d"]]]
+
+
 def test_the_metrics_are_of_all_that_was_sampled() -> None:
     found, _ = collect(["a:++ b:++", "c:-- d:+-"], sampling_rounds=2, entropy_coefficient=0.0)
     assert found.metrics["reward/correct_ratio"] == pytest.approx(5 / 8)

@@ -62,7 +62,11 @@ def test_a_published_objective_comes_with_its_settings(name: str, fields: dict[s
 
 @pytest.mark.parametrize("name", ["psr", "nsr", "w_reinforce", "reinforce", "grpo", "supervised"])
 def test_other_objectives_have_the_schema_s_defaults(name: str) -> None:
-    assert parsed(name) == parsed(name, preset=None) and parsed(name).objective.aggregation == "sequence_mean"
+    objective = parsed(name).objective
+    given = {"name": name, "mini_batch_prompts": 4}
+    assert {field: getattr(objective, field) for field in given} == given
+    for field, info in type(objective).model_fields.items():
+        assert field in given or getattr(objective, field) == info.get_default(), field
 
 
 @pytest.mark.parametrize(("name", "objective"), [("w_reinforce", {"preset": "paper_code"}), ("grpo", {"preset": "paper"}), ("dapo", {})])
@@ -98,14 +102,18 @@ def test_what_is_no_configuration_is_left_to_the_schema(objective: Any) -> None:
         ("rloo", {"eps_high": 0.3}, "objective.eps_high=0.3: it bounds the ratio of form=clipped, and form is reinforce"),
         ("nsr", {"form": "probability", "dual_clip": 3.0}, "objective.dual_clip=3.0: it bounds the ratio of form=clipped"),
         ("supervised", {"kl_coefficient": 0.1}, "objective.kl_coefficient=0.1: it needs rollouts, and name=supervised has none"),
+        ("supervised", {"normalization": "per_sign"}, "objective.normalization=per_sign: name=supervised makes one update a step"),
+        ("supervised", {"eps_low": 0.3}, "objective.eps_low=0.3: name=supervised makes one update a step"),
         ("supervised", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it needs rollouts"),
+        ("nsr", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
+        ("ppo", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
         ("dapo", {"preset": "paper"}, "objective.preset=paper: it is for psr, nsr, w_reinforce, reinforce, grpo, ppo, and name is dapo"),
         ("w_reinforce", {"lambda_final": 2.0}, "objective.lambda_final=2.0: it needs lambda_schedule linear or cosine"),
-        ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_end_step=0: it must be 1 or more"),
+        ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_end_step=0: it must be above lambda_start_step=0"),
         (
             "w_reinforce",
-            {"lambda_schedule": "cosine", "lambda_start_step": 5, "lambda_end_step": 4},
-            "objective.lambda_end_step=4: it must be 1 or more, and no less than lambda_start_step=5",
+            {"lambda_schedule": "cosine", "lambda_start_step": 5, "lambda_end_step": 5},
+            "objective.lambda_end_step=5: it must be above lambda_start_step=5",
         ),
     ],
 )

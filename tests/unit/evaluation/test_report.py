@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from megatron_nsr.config_files import parse_config
-from megatron_nsr.evaluation.report import render_pass_at_k_table, write_pass_at_k_figure, write_report
+from megatron_nsr.evaluation.report import render_pass_at_k_table, write_report
 from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
 from megatron_nsr.evaluation.report_panels import SIGN_TITLES
 from megatron_nsr.evaluation.report_tables import metric_rows
@@ -330,13 +330,6 @@ def test_the_terminal_table_has_a_row_a_run(runs: list[Path]) -> None:
     text = console.export_text()
     for expected in ("base", "psr", "Pass@1", "Pass@16", "entropy"):
         assert expected in text
-
-
-def test_the_picture_is_a_png_of_evaluated_runs_only(runs: list[Path], tmp_path: Path) -> None:
-    write_pass_at_k_figure(runs, tmp_path / "pass_at_k.png")
-    assert (tmp_path / "pass_at_k.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(UserError, match="none holds an evaluation"):
-        write_pass_at_k_figure([make_run(tmp_path, "untested", "nsr", steps=1)], tmp_path / "none.png")
 
 
 def test_wrong_arguments_are_named(runs: list[Path], tmp_path: Path) -> None:
