@@ -100,7 +100,7 @@ def test_a_run_that_loses_all_servers_keeps_its_last_step_and_goes_on_with_new_o
     assert (
         last.startswith(f"megatron-nsr: rollout.servers[0]={server.url}: ") and "; none came back within 1 s; a checkpoint of step " in last
     )
-    assert output.count("waiting for ") == 1
+    assert 1 <= output.count("waiting for ") <= 2  # where it was sampling, and then where it would push again
     assert server.url in state(run)["reason"]
     lost = state(run)["step"]
     assert 1 <= lost == steps_logged(run) < 4 and RunDirectory(run).latest.resolve().name == f"step_{lost}"
