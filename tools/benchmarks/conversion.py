@@ -1,9 +1,10 @@
 """Measures import and export of a random checkpoint of Qwen2.5-1.5B's shape (3.1 GB) against cp and safetensors' own read and write.
 
-Usage: python -m tools.benchmarks.conversion [--scratch DIR] [--repeats N] [--json FILE]. Needs 13 GB free in DIR; everything is removed.
+Usage: python -m tools.benchmarks.conversion [--scratch DIR] [--repeats N] [--json FILE]. Needs 16 GB free in DIR; everything is removed.
 Each job is a process of its own, start and imports included, one after another in turn. Wall and CPU seconds are the process's;
-anonymous memory is the highest RssAnon of /proc/PID/status, looked at every 5 ms. Before each job, unmeasured, a copy of the model is
-written, flushed and removed: a virtual machine's host gives memory that was never used much more slowly, and one job would pay for all.
+anonymous memory is the highest RssAnon of /proc/PID/status, looked at every 5 ms. Before each job, unmeasured, two copies of the model
+are written, flushed and removed: a virtual machine's host gives memory that was never used much more slowly, and a job that follows one
+whose files were removed would find more that was used.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def write_model(folder: Path) -> None:
 
 
 def measure(command: list[str], model: Path) -> dict[str, float]:
-    """Runs a command to its end, after a copy of `model` was made and removed. Raises RuntimeError where it fails."""
+    """Runs a command to its end, after two copies of `model` were made and removed. Raises RuntimeError where it fails."""
     before = model.with_name("before")
-    shutil.copytree(model, before)
+    for name in ("one", "two"):
+        shutil.copytree(model, before / name)
     os.sync()
     shutil.rmtree(before)
     start, anonymous = time.perf_counter(), 0
@@ -131,8 +133,8 @@ def main() -> None:
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
-    if (free := shutil.disk_usage(options.scratch).free) < 13e9:
-        raise SystemExit(f"--scratch={options.scratch}: {free / 1e9:.0f} GB free, 13 are needed")
+    if (free := shutil.disk_usage(options.scratch).free) < 16e9:
+        raise SystemExit(f"--scratch={options.scratch}: {free / 1e9:.0f} GB free, 16 are needed")
     load = os.getloadavg()
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         scratch = Path(folder)
