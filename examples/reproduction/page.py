@@ -24,8 +24,8 @@ INTRODUCTION = """# The paper's comparison on two CPU cores
 repeat the comparison of arXiv 2506.01347 with a tiny model. A base model is pre-trained on operator puzzles
 ([quickstart](quickstart.md) explains the task), each method trains it further through the ordinary `megatron-nsr train`, and Pass@k is
 estimated on test problems that no training has seen. Two runs go side by side. Both commands skip what is done, so that the same command
-continues after a kill; then they write this page, with the time that was measured. Which ordering holds is decided by rules from the numbers in `docs/results/`; nothing below about an outcome
-was written by hand.
+continues after a kill; then they write this page, with the time that was measured. Which ordering holds is decided by rules from the
+numbers in `docs/results/`; nothing below about an outcome was written by hand.
 
 A model of 200,000 parameters on a puzzle says nothing about language models of billions. It says whether this code's objectives
 behave as the paper describes where the whole experiment can be repeated by anyone.
