@@ -109,10 +109,10 @@ quickstart: $(INSTALLED) ## pre-train a tiny model, train it with PSR, NSR and W
 quickstart-base: $(INSTALLED) ## only pre-train the quickstart's base model
 	$(BIN)/python -m examples.quickstart --only base
 
-reproduce: $(INSTALLED) ## the paper's comparison on one tiny base model, into docs/reproduction.md: two cores, an hour
+reproduce: $(INSTALLED) ## the paper's comparison on one tiny base model, on two cores, into docs/reproduction.md
 	$(BIN)/python -m examples.reproduction one
 
-reproduce-full: $(INSTALLED) ## the same on three bases with five seeds and a search: hours; the same command continues after a kill
+reproduce-full: $(INSTALLED) ## the same on three bases with five seeds and a search; the same command continues after a kill
 	$(BIN)/python -m examples.reproduction full
 
 bench-deps: $(PEERS)/.installed-$(TAG) ## the other fused heads that tools/benchmarks/fused_head.py compares with

@@ -18,14 +18,14 @@ WANTED_PASS_256 = 0.90, 0.97
 ONE, FULL = "One base: `make reproduce`", "The full comparison: `make reproduce-full`"
 INTRODUCTION = """# The paper's comparison on two CPU cores
 
-    make reproduce         # one base model: at most an hour on two cores
-    make reproduce-full    # three bases, five seeds, the search: hours; resumable
+    make reproduce         # one base model, three seeds, fixed settings
+    make reproduce-full    # three bases, five seeds, and a search for each method's learning rate
 
 repeat the comparison of arXiv 2506.01347 with a tiny model. A base model is pre-trained on operator puzzles
 ([quickstart](quickstart.md) explains the task), each method trains it further through the ordinary `megatron-nsr train`, and Pass@k is
-estimated on test problems that no training has seen. Both commands skip what is done, so that the same command continues after a kill;
-then they write this page. Which ordering holds is decided by rules from the numbers in `docs/results/`; nothing below about an outcome
-was written by hand.
+estimated on test problems that no training has seen. Two runs go side by side. Both commands skip what is done, so that the same command
+continues after a kill; then they write this page, with the time that was measured. Which ordering holds is decided by rules from the
+numbers in `docs/results/`; nothing below about an outcome was written by hand.
 
 A model of 200,000 parameters on a puzzle says nothing about language models of billions. It says whether this code's objectives
 behave as the paper describes where the whole experiment can be repeated by anyone.

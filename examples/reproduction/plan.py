@@ -134,7 +134,7 @@ def comparison_runs(scale: Scale, out: Path, rates: Mapping[str, float]) -> list
         for seed in scale.seeds
         for method in scale.methods
     ]
-    return sorted(runs, key=lambda run: (run.seed, -run.steps))
+    return sorted(runs, key=lambda run: (run.seed, run.steps))
 
 
 def search_runs(scale: Scale, out: Path) -> list[MethodRun]:
