@@ -1,9 +1,7 @@
-"""Program for torchrun: imported checkpoints against what megatron-core saves of a real model, and training from them."""
+"""Cases for several ranks: imported checkpoints against what megatron-core saves of a real model, and training from them."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import pickle
 from itertools import product
 from pathlib import Path
@@ -108,16 +106,10 @@ def reload(folder: Path, trained_at: str, fields: dict[str, Any]) -> bool:
     return equal(torch.load(folder / trained_at / "after.pt"), weights_of(actor, shape))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    arguments = parser.parse_args()
-    distributed.init_process_group()
+def find(models: Path, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for model in sorted(arguments.models.iterdir()):
-        layouts, folder = layouts_of(model.name)[distributed.world_size()], arguments.out / model.name
+    for model in sorted(models.iterdir()):
+        layouts, folder = layouts_of(model.name)[distributed.world_size()], out / model.name
         for name, fields in layouts.items():
             results[f"{name}/{model.name}"] = check(model, name, fields, folder)
         distributed.barrier()  # every rank must find the same files
@@ -125,11 +117,4 @@ def main() -> None:
             trained = (other for world in layouts_of(model.name).values() for other in world if other != name)
             others = [other for other in trained if (folder / other / "after.pt").is_file()]
             results[f"{name}/{model.name}"]["reloaded"] = {other: reload(folder, other, fields) for other in others}
-    if distributed.rank() == 0:
-        arguments.results.write_text(json.dumps(results))
-    distributed.barrier()
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,10 +1,8 @@
-"""Program for torchrun: PPO's steps on recorded trajectories, critic and policy, over layouts of four ranks, and checkpoints in between."""
+"""Cases for several ranks: PPO's steps on recorded trajectories, critic and policy, over layouts of four, and checkpoints in between."""
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,14 +118,7 @@ def resume(model: Path, fields: dict[str, Any], folder: Path, weights: Path, dty
     return metrics
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    arguments = parser.parse_args()
-    distributed.init_process_group()
-    models, out = arguments.models, arguments.out
+def find(models: Path, out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case in TRAINED:
         layout, model = case.split("/")
@@ -141,11 +132,4 @@ def main() -> None:
         found[f"bf16/{case}"] = run_layout(models / model, LAYOUTS[layout], out / "bf16" / case, "bfloat16")
     for case, layout in MOVES:
         found[f"{case}-{layout}"] = resume(models / case.split("/")[1], LAYOUTS[layout], out / case, out / case / f"at_{layout}.pt")
-    if distributed.rank() == 0:
-        arguments.results.write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -1,9 +1,7 @@
-"""Program for torchrun: a mixture of experts over the layouts of one world size: pushes, updates, checkpoints."""
+"""Cases for several ranks: a mixture of experts over the layouts of one world size: pushes, updates, checkpoints."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +64,8 @@ def push(model: Path, layout: str) -> dict[str, bool]:
     return {name: all(distributed.all_gather_object(value)) for name, value in (("equal", equal), ("same_sums", same_sums))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    arguments = parser.parse_args()
-    distributed.init_process_group()
-    world, model, out = distributed.world_size(), arguments.model, arguments.out
+def find(model: Path, out: Path) -> dict[str, Any]:
+    world = distributed.world_size()
     found: dict[str, Any] = {}
     for layout in LAYOUTS[world]:
         found[layout] = run_layout(model, FIELDS[layout], out / layout) | {"push": push(model, layout)}
@@ -81,11 +73,4 @@ def main() -> None:
         found[f"{source}-{layout}"] = resume(
             model, FIELDS[layout], out / source / "checkpoints", out / layout / f"from_{source}.pt"
         )  # fmt: skip
-    if distributed.rank() == 0:
-        arguments.results.write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -244,7 +241,7 @@ def errors(scenario: Scenario, case: Case, place: Place, whole: dict[str, Tensor
     return found
 
 
-def check_all() -> dict[str, dict[str, float]]:
+def find() -> dict[str, dict[str, float]]:
     """By case, the worst errors of any rank."""
     by_layout, found = places(), {}
     for dtype, names in BY_DTYPE.items():
@@ -256,18 +253,3 @@ def check_all() -> dict[str, dict[str, float]]:
                 found[f"{dtype}/{layout}/{name}"] = errors(scenario, case, place, whole)
     ranks = distributed.all_gather_object(found)
     return {case: {name: max(rank[case][name] for rank in ranks) for name in found[case]} for case in found}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--results", required=True)
-    options = parser.parse_args()
-    distributed.init_process_group()
-    results = check_all()
-    if distributed.rank() == 0:
-        Path(options.results).write_text(json.dumps(results))
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()

@@ -15,19 +15,18 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_cases(program: str, nproc: int, args: Sequence[str] = (), *, timeout_s: float = 300) -> dict[str, Any]:
-    """Runs the module `program` (such as tests.distributed.parity_cases) on `nproc` ranks and returns rank 0's results.
+def run_cases(module: str, nproc: int, paths: Sequence[Path] = (), *, timeout_s: float = 300) -> dict[str, Any]:
+    """What `find(*paths)` of `module` (such as tests.distributed.parity_cases) returned on rank 0 of `nproc` ranks; see ranks.py.
 
-    The program gets `args` and then `--results FILE`, where its rank 0 writes one JSON object. When it fails or takes longer than
-    `timeout_s`, AssertionError carries the ranks' output.
+    When it fails or takes longer than `timeout_s`, AssertionError carries the ranks' output.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "tests.distributed.ranks", str(nproc), program, *args, "--results", str(results)]
+        command = [sys.executable, "-m", "tests.distributed.ranks", str(nproc), module, str(results), *map(str, paths)]
         status, output = _run(command, timeout_s)
         if status != 0 or not results.is_file():
             print(output)
-            raise AssertionError(f"{program} on {nproc} ranks: exit status {status}\n{output[-6000:]}")
+            raise AssertionError(f"{module} on {nproc} ranks: exit status {status}\n{output[-6000:]}")
         found: dict[str, Any] = json.loads(results.read_text())
         return found
 

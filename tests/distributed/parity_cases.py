@@ -1,9 +1,7 @@
-"""Program for torchrun: logits against Hugging Face's and gathered weights, over the layouts of one world size."""
+"""Cases for several ranks: logits against Hugging Face's and gathered weights, over the layouts of one world size."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,22 +176,11 @@ def gradient_norms(chunks: list[PolicyModel]) -> dict[str, float]:
 SHARDED_KINDS = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", required=True, help="directory of HF directories, each with logits.pt")
-    parser.add_argument("--results", required=True)
-    options = parser.parse_args()
-    distributed.init_process_group()
+def find(models: Path) -> dict[str, Any]:
     backend = choose_backend("cpu")
     results = {
         f"{layout}/{model.name}": check(ParallelConfig(**fields), model, backend)
         for layout, fields in LAYOUTS[distributed.world_size()].items()
-        for model in sorted(Path(options.models).iterdir())
+        for model in sorted(models.iterdir())
     }
-    if distributed.rank() == 0:
-        Path(options.results).write_text(json.dumps(results))
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()
+    return results

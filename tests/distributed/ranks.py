@@ -1,29 +1,32 @@
-"""Runs a test program's `main` on several ranks of this host: python -m tests.distributed.ranks NPROC MODULE [ARGUMENTS ...]
+"""Runs a module's `find` on several ranks of this host: python -m tests.distributed.ranks NPROC MODULE RESULTS [PATH ...]
 
-The module is imported once and the ranks are forked from it, because importing takes longer than most programs; torchrun is what the
-integration tests start. The first rank that fails ends the others.
+`find` gets the paths and returns what rank 0 writes to RESULTS as JSON. The module is imported once and the ranks are forked from it,
+because importing takes longer than most cases; torchrun is what the integration tests start. The first rank that fails ends the others.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from megatron_nsr.platform.distributed import free_port
+from megatron_nsr.platform import distributed
 
 
 def main() -> None:
-    nproc, program = int(sys.argv[1]), sys.argv[2]
-    run: Callable[[], None] = importlib.import_module(program).main
-    sys.argv = [program, *sys.argv[3:]]
-    gc.freeze()  # programs collect garbage between cases; what is imported is none
-    port = free_port()
-    ranks = {fork(run, rank, nproc, port) for rank in range(nproc)}
+    nproc, module, results, *paths = sys.argv[1:]
+    find = partial(importlib.import_module(module).find, *map(Path, paths))
+    gc.freeze()  # garbage is collected between cases; what is imported is none
+    port = distributed.free_port()
+    ranks = {fork(find, Path(results), rank, int(nproc), port) for rank in range(int(nproc))}
     while ranks:
         pid, status = os.wait()
         ranks.discard(pid)
@@ -33,7 +36,7 @@ def main() -> None:
             raise SystemExit(1)
 
 
-def fork(run: Callable[[], None], rank: int, nproc: int, port: int) -> int:
+def fork(find: Callable[[], Any], results: Path, rank: int, nproc: int, port: int) -> int:
     """The process number of the new rank."""
     if pid := os.fork():
         return pid
@@ -41,13 +44,22 @@ def fork(run: Callable[[], None], rank: int, nproc: int, port: int) -> int:
     os.environ |= {name: str(value) for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
     status = 1
     try:
-        run()
+        run(find, results)
         status = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def run(find: Callable[[], Any], results: Path) -> None:
+    distributed.init_process_group()
+    found = find()
+    if distributed.rank() == 0:
+        results.write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_tiny_model(folder / "models" / name, **fields)
     found: dict[str, Any] = {}
     for world in sorted(LAYOUTS):
-        arguments = ["--models", str(folder / "models"), "--out", str(folder / "out")]
-        found |= run_cases("tests.distributed.conversion_cases", world, arguments, timeout_s=900)
+        found |= run_cases("tests.distributed.conversion_cases", world, [folder / "models", folder / "out"], timeout_s=900)
     return found
 
 

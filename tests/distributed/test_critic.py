@@ -30,7 +30,7 @@ def results(out: Path) -> dict[str, Any]:
     """One start of torchrun for all layouts; one rank is this process."""
     for name, family in MODELS.items():
         write_tiny_model(out / "models" / name, family, tied=name == "tied")
-    found = run_cases("tests.distributed.critic_cases", 4, ["--models", str(out / "models"), "--out", str(out)], timeout_s=900)
+    found = run_cases("tests.distributed.critic_cases", 4, [out / "models", out], timeout_s=900)
     distributed.init_process_group()
     for name in MODELS:
         found[f"one/{name}"] = run_layout(out / "models" / name, {}, out / "one" / name)

@@ -28,7 +28,7 @@ def results(out: Path) -> dict[str, Any]:
     write_tiny_model(out / "model", "qwen3_moe", tied=False)
     found: dict[str, Any] = {}
     for world in (4, 1, 2):
-        found |= run_cases("tests.distributed.expert_cases", world, ["--model", str(out / "model"), "--out", str(out)])
+        found |= run_cases("tests.distributed.expert_cases", world, [out / "model", out])
     return found
 
 

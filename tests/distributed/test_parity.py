@@ -61,7 +61,7 @@ def results(references: dict[str, Any]) -> dict[str, Any]:
     """One torchrun start for each world size, with all its cases."""
     found: dict[str, Any] = {}
     for world in WORLDS:
-        found |= run_cases("tests.distributed.parity_cases", world, ["--models", str(references["folder"])])
+        found |= run_cases("tests.distributed.parity_cases", world, [references["folder"]])
     return found
 
 

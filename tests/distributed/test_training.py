@@ -43,8 +43,7 @@ def results(out: Path, models: dict[str, transformers.PreTrainedModel]) -> dict[
     """One torchrun start for each world size, in an order in which each finds the checkpoints that it continues."""
     found: dict[str, Any] = {}
     for world in (4, 1, 2):
-        arguments = ["--models", str(out / "models"), "--out", str(out)]
-        found |= run_cases("tests.distributed.training_cases", world, arguments, timeout_s=900)
+        found |= run_cases("tests.distributed.training_cases", world, [out / "models", out], timeout_s=900)
     return found
 
 

@@ -1,10 +1,8 @@
-"""Program for torchrun: updates on recorded trajectories, and a checkpoint in between, over the layouts of one world size."""
+"""Cases for several ranks: updates on recorded trajectories, and a checkpoint in between, over the layouts of one world size."""
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -229,14 +227,8 @@ def make_folder(folder: Path) -> None:
     distributed.barrier()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    arguments = parser.parse_args()
-    distributed.init_process_group()
-    world, models, out = distributed.world_size(), arguments.models, arguments.out
+def find(models: Path, out: Path) -> dict[str, Any]:
+    world = distributed.world_size()
     found: dict[str, Any] = {}
     for case in CASES[world]:
         layout, model = case.split("/")
@@ -249,11 +241,4 @@ def main() -> None:
     for case, detour in DETOURS if world == 4 else ():
         layout, model = case.split("/")
         found[f"bf16/{case}"] = take_detour(models / model, layout, detour, out / "bf16" / case)
-    if distributed.rank() == 0:
-        arguments.results.write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy()
-
-
-if __name__ == "__main__":
-    main()
+    return found
