@@ -180,6 +180,7 @@ class ObjectiveConfig(Section):
 class CriticConfig(Section):
     learning_rate: NonNegativeFloat = Field(1e-5, description="peak learning rate; the rest of `optimizer` is the critic's too")
     warmup_steps: NonNegative = Field(0, description="training steps, at the start, in which the critic learns and the policy does not")
+    mini_batch_prompts: Positive | None = Field(None, description="prompts an update of the critic; null: objective.mini_batch_prompts")
     value_clip: PositiveFloat | None = Field(0.5, description="how far a value may move in a step and still get a gradient; null: no bound")
     gamma: Fraction = Field(1.0, description="discount a token")
     lambda_: Fraction = Field(
@@ -327,7 +328,7 @@ class Config(Section):
         return self
 
     def _consistent_critic(self) -> None:
-        critic, low = self.critic, self.optimizer.min_learning_rate
+        critic, low, prompts = self.critic, self.optimizer.min_learning_rate, self.objective.mini_batch_prompts
         if self.objective.name != "ppo":
             for name, info in CriticConfig.model_fields.items():
                 if (value := getattr(critic, name)) != info.default:
@@ -336,6 +337,11 @@ class Config(Section):
                     )
         elif low > critic.learning_rate:
             raise ValueError(f"optimizer.min_learning_rate={low} is above critic.learning_rate={critic.learning_rate}")
+        elif critic.mini_batch_prompts and prompts % critic.mini_batch_prompts:
+            origin = " (objective.preset=paper_code sets it)" if self.objective.preset == "paper_code" else ""
+            raise ValueError(
+                f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}"
+            )
 
     def _consistent_servers(self) -> None:
         rollout, correction = self.rollout, self.objective.rollout_correction

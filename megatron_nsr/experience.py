@@ -96,6 +96,7 @@ class GradedRollouts:
             aggregation=settings.aggregation,
             normalization=settings.normalization,
             token_budget=self.config.rollout.max_response_tokens,
+            critic_mini_batch_prompts=self.config.critic.mini_batch_prompts,
         )
         metrics = self._metrics([group for drawn in rounds for group in drawn], batch, step)
         metrics["rollout/rounds"] = float(len(rounds))

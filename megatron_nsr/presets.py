@@ -29,6 +29,8 @@ PRESETS: dict[str, Settings] = {
 PRESET_OBJECTIVES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "ppo")
 WITH_KL: Settings = {"objective": {"kl_coefficient": 1e-3}}  # of these, under either preset
 KL_OBJECTIVES = ("grpo", "ppo")
+# 256 of 8,192 responses an update of the critic: its public code counts responses there, and prompts for the policy.
+CODE_CRITIC: Settings = {"critic": {"mini_batch_prompts": 32}}
 
 
 def with_defaults(values: Any) -> Any:
@@ -45,6 +47,8 @@ def with_defaults(values: Any) -> Any:
         filled = _filled(filled, PRESETS[preset])
         if name in KL_OBJECTIVES:
             filled = _filled(filled, WITH_KL)
+        if (preset, name) == ("paper_code", "ppo"):
+            filled = _filled(filled, CODE_CRITIC)
     return _filled(filled, OBJECTIVES.get(name, {}) if isinstance(name, str) else {})
 
 

@@ -26,6 +26,7 @@ from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state
 from megatron_nsr.training.checkpoint_files import newest_checkpoint
 from megatron_nsr.training.checkpoints import Checkpoints
+from megatron_nsr.training.critic import joined
 from megatron_nsr.training.schedule import learning_rate
 from megatron_nsr.types import Prompt, RolloutsLost, StepMetrics
 
@@ -120,6 +121,7 @@ class Trainer:
             with clock("critic"):
                 prepared = replace(prepared, mini_batches=critic.judge(prepared.mini_batches))
                 metrics |= critic.update(prepared.mini_batches, self._learning_rate(step, self.config.critic.learning_rate))
+            prepared = replace(prepared, mini_batches=joined(prepared.mini_batches, experience.batch.shares))
         if only_critic:
             prepared = replace(prepared, mini_batches=())
         with clock("update"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,3 +87,11 @@ class Critic(ScheduledModel):
         clip = self.settings.value_clip
         inputs = [ValueInputs(m.response_rows, m.returns, m.old_values, m.scale, clip, gradient_scale) for m in micro_batches]
         return self._run_schedule(micro_batches, inputs, forward_only=False)
+
+
+def joined(parts: Sequence[MicroBatches], shares: Sequence[Sequence[float]]) -> tuple[MicroBatches, ...]:
+    """The policy's mini-batches, of which the critic's are `parts` with these shares (`StepBatch.shares`); without shares both are one."""
+    if not shares:
+        return tuple(parts)
+    remaining = iter(parts)
+    return tuple([replace(micro, scale=micro.scale * share) for share in mini_batch for micro in next(remaining)] for mini_batch in shares)

@@ -16,7 +16,7 @@ from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoints import Checkpoints
-from megatron_nsr.training.critic import Critic
+from megatron_nsr.training.critic import Critic, joined
 from megatron_nsr.training.setup import build_actor, build_critic
 from megatron_nsr.weights.gathering import gather_hf_tensors
 from tests.distributed import training_cases
@@ -63,10 +63,12 @@ def new_models(config: Config, shape: ModelShape) -> tuple[Actor, Critic]:
 
 
 def train(actor: Actor, critic: Critic, config: Config, vocab: int, step: int) -> dict[str, float]:
-    """A step of two mini-batches, so that values clip in the second."""
-    prepared = actor.prepare(recorded_step(vocab, step, 2, "ppo"), step)
+    """A step of two mini-batches of the policy and four of the critic, so that values clip."""
+    batch = recorded_step(vocab, step, 2, "ppo", critic_mini_batch_prompts=1)
+    prepared = actor.prepare(batch, step)
     judged = critic.judge(prepared.mini_batches)
-    return critic.update(judged, CRITIC_RATE) | actor.update(replace(prepared, mini_batches=judged), POLICY_RATE)
+    metrics = critic.update(judged, CRITIC_RATE)
+    return metrics | actor.update(replace(prepared, mini_batches=joined(judged, batch.shares)), POLICY_RATE)
 
 
 def critic_weights(critic: Critic, shape: ModelShape) -> dict[str, torch.Tensor]:

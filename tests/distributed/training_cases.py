@@ -106,7 +106,9 @@ def config_of(model: Path, fields: dict[str, Any], dtype: str = "float32") -> Co
     )
 
 
-def recorded_step(vocab: int, seed: int, mini_batch_prompts: int, name: str = "reinforce") -> StepBatch:
+def recorded_step(
+    vocab: int, seed: int, mini_batch_prompts: int, name: str = "reinforce", critic_mini_batch_prompts: int | None = None
+) -> StepBatch:
     """A step's trajectories, the same wherever it is called: lengths differ, and so do verdicts."""
     draw = np.random.default_rng(seed)
     trajectories, verdicts = [], []
@@ -124,6 +126,7 @@ def recorded_step(vocab: int, seed: int, mini_batch_prompts: int, name: str = "r
         mini_batch_prompts=mini_batch_prompts,
         aggregation="sequence_mean",
         normalization="batch",
+        critic_mini_batch_prompts=critic_mini_batch_prompts,
     )
 
 

@@ -31,9 +31,21 @@ def parsed(name: str, **objective: Any) -> Config:
 )
 @pytest.mark.parametrize("name", PRESET_OBJECTIVES)
 def test_a_preset_fills_what_is_not_given(name: str, preset: str, expected: tuple[str, str, float]) -> None:
-    objective = parsed(name, preset=preset).objective
+    config = parse_config(values(name, preset=preset, mini_batch_prompts=32) | {"data": {"template": "plain", "prompts_per_step": 32}})
+    objective = config.objective
     assert (objective.aggregation, objective.normalization, objective.entropy_coefficient) == expected
     assert objective.kl_coefficient == (1e-3 if name in ("grpo", "ppo") else 0.0)  # the paper: KL for GRPO and PPO only
+
+
+def test_the_public_code_s_critic_makes_32_updates_a_step() -> None:
+    sizes = {"data": {"template": "plain", "prompts_per_step": 1024}, "rollout": {"samples_per_prompt": 8}}
+    code, paper = (
+        parse_config(values("ppo", preset=preset, mini_batch_prompts=256) | sizes).critic.mini_batch_prompts
+        for preset in ("paper_code", "paper")
+    )
+    assert code is not None and (1024 // code, code * 8, paper) == (32, 256, None)
+    with pytest.raises(UserError, match=r"critic\.mini_batch_prompts=32 \(objective\.preset=paper_code sets it\) does not divide .*=4"):
+        parsed("ppo", preset="paper_code", mini_batch_prompts=4)
 
 
 def test_what_is_given_wins_over_preset_and_name() -> None:

@@ -44,6 +44,8 @@ def step(name: str, groups: list[str], lengths: list[int] | None = None, *, prom
         mini_batch_prompts=prompts or len(groups),
         aggregation=settings.get("aggregation", "sequence_mean"),
         normalization=settings.get("normalization", "batch"),
+        token_budget=settings.get("token_budget", 1),
+        critic_mini_batch_prompts=settings.get("critic_mini_batch_prompts"),
     )
 
 
@@ -119,6 +121,37 @@ def test_samples_without_a_verdict_are_neither_kept_nor_dropped() -> None:
     batch = step("reinforce", ["00", "0+"])
     assert [s.trajectory.sample for s in batch.mini_batches[0]] == [3]
     assert batch.dropped == ()
+
+
+@given(
+    groups=st.lists(st.text("+-0", min_size=2, max_size=2), min_size=1, max_size=8),
+    critic_prompts=st.sampled_from([1, 2]),
+    aggregation=st.sampled_from(["sequence_mean", "token_mean", "budget_mean"]),
+    normalization=st.sampled_from(["batch", "per_sign"]),
+    data=st.data(),
+)
+def test_the_critic_s_smaller_mini_batches_join_to_the_policy_s(
+    groups: list[str], critic_prompts: int, aggregation: str, normalization: str, data: st.DataObject
+) -> None:
+    count = 2 * len(groups)
+    lengths = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    settings = {"prompts": 4, "aggregation": aggregation, "normalization": normalization, "token_budget": 9}
+    whole = [samples for samples in step("ppo", groups, lengths, **settings).mini_batches if samples]
+    parts = step("ppo", groups, lengths, **settings, critic_mini_batch_prompts=critic_prompts)
+
+    remaining = iter([samples for samples in parts.mini_batches if samples])
+    joined = [[(sample, share) for share in shares for sample in next(remaining)] for shares in parts.shares]
+    assert next(remaining, None) is None
+    assert [[s.trajectory.sample for s in samples] for samples in whole] == [
+        [s.trajectory.sample for s, _ in samples] for samples in joined
+    ]
+    for samples, shared in zip(whole, joined, strict=True):
+        assert [s.scale * share for s, share in shared] == pytest.approx([s.scale for s in samples])
+    for samples in filter(None, parts.mini_batches):
+        assert len(samples) <= 2 * critic_prompts
+        counted = {"budget_mean": 9 * len(samples)}.get(aggregation, sum(s.trajectory.length for s in samples))
+        mean = [1 / (s.trajectory.length * len(samples)) if aggregation == "sequence_mean" else 1 / counted for s in samples]
+        assert [s.scale for s in samples] == pytest.approx(mean)  # an update of the critic is a mean over its own mini-batch
 
 
 def test_an_unknown_objective_lists_the_known_ones() -> None:
