@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,6 +92,12 @@ def describe_step(metrics: Mapping[str, Any]) -> str:
 def total_steps(run: RunDirectory) -> int | None:
     """run.steps of the config that the run has written, None before."""
     try:
-        return load_config(run.config).run.steps
-    except UserError:
+        return _steps(run.config, run.config.stat().st_mtime_ns)
+    except (FileNotFoundError, UserError):
         return None
+
+
+@lru_cache(maxsize=64)
+def _steps(config: Path, _written_ns: int) -> int:
+    """Asked several times a second, and reading a configuration takes milliseconds; a run that goes on may write another."""
+    return load_config(config).run.steps
