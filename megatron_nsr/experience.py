@@ -99,12 +99,12 @@ class GradedRollouts:
             normalization=settings.normalization,
             token_budget=self.config.rollout.max_response_tokens,
         )
-        sampled = [group for drawn in rounds for group in drawn]
-        metrics = self._metrics(sampled, batch, step)
+        every = [group for drawn in rounds for group in drawn]
+        metrics = self._metrics(every, batch, step)
         metrics["rollout/rounds"] = float(len(rounds))
         if settings.name == "w_reinforce" and isinstance(objective, SignedObjective):
             metrics["policy/lambda"] = objective.positive
-        tokens = _tokens([trajectory for group in sampled for trajectory in group.trajectories])
+        tokens = _tokens([trajectory for group in every for trajectory in group.trajectories])
         return Experience(batch, [group.prompt for group in groups], trajectories, verdicts, metrics, tokens, len(rounds))
 
     def _round(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> list[Group]:

@@ -39,16 +39,28 @@ def with_defaults(values: Any) -> Any:
     objective = values.get("objective") if isinstance(values, Mapping) else None
     if not isinstance(objective, Mapping):
         return values
-    name, preset = objective.get("name"), objective.get("preset")
-    filled = values
-    if isinstance(preset, str) and preset in PRESETS:
-        filled = _filled(filled, PRESETS[preset])
-        if name in KL_OBJECTIVES:
-            filled = _filled(filled, WITH_KL)
-    return _filled(filled, OBJECTIVES.get(name, {}) if isinstance(name, str) else {})
+    name = objective.get("name")
+    return _filled(_filled(values, _of_preset(objective)), OBJECTIVES.get(name, {}) if isinstance(name, str) else {})
 
 
-def _filled(values: Mapping[str, Any], settings: Settings) -> Mapping[str, Any]:
+def overridden(values: Mapping[str, Any]) -> list[str]:
+    """What a complete configuration sets otherwise than its preset, each as `section.field=value (preset: value)`."""
+    return [
+        f"{section}.{field}={values[section][field]} (preset: {published})"
+        for section, fields in _of_preset(values["objective"]).items()
+        for field, published in fields.items()
+        if values[section][field] != published
+    ]
+
+
+def _of_preset(objective: Mapping[str, Any]) -> Settings:
+    preset = objective.get("preset")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return {}
+    return _filled(WITH_KL if objective.get("name") in KL_OBJECTIVES else {}, PRESETS[preset])
+
+
+def _filled(values: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     filled = dict(values)
     for section, fields in settings.items():
         given = values.get(section, {})
