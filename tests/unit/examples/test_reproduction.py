@@ -222,6 +222,7 @@ def test_the_page_says_what_the_numbers_say_and_what_is_missing(paper: Results, 
     assert "Not in this comparison: PPO. " in page
     assert "2 bases" in page and "2 minutes by the clock and 3 minutes of CPU time" in page
     nothing = render(None, None, [])
+    assert all("## The setting was not picked blind" in text for text in (page, nothing))  # what was seen before is told either way
     assert nothing.count("**Not run yet**") == 2 and "|" not in nothing
     for name in write_figures(Comparison(paper), tmp_path, "made_up"):
         assert (tmp_path / name).stat().st_size > 10_000
