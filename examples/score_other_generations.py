@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The scores as plain records, for pandas or a spreadsheet; `megatron-nsr compare` sets several such files side by side.
     for record in comparison_records(load_evaluations([scores])):
         if record["k"] == 1 and record["measure"] == "pass":
-            print(f"{record['group']}: Pass@1 {record['value']:.3f} [{record['low']:.3f}, {record['high']:.3f}]")
+            interval = f" [{record['low']:.3f}, {record['high']:.3f}]" if record["low"] is not None else ""  # a single problem has none
+            print(f"{record['group']}: Pass@1 {record['value']:.3f}{interval}")
 
 
 if __name__ == "__main__":

@@ -340,7 +340,8 @@ class Config(Section):
         elif critic.mini_batch_prompts and prompts % critic.mini_batch_prompts:
             origin = " (objective.preset=paper_code sets it)" if self.objective.preset == "paper_code" else ""
             raise ValueError(
-                f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}"
+                f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}; "
+                f"critic.mini_batch_prompts={prompts} makes one update a mini-batch of the policy"
             )
 
     def _consistent_servers(self) -> None:

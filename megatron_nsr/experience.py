@@ -31,7 +31,8 @@ from megatron_nsr.types import Prompt, Trajectory, UserError, Verdict, WeightedS
 class Experience:
     """A step's batch, what it was made of (for the kept samples) and its metrics.
 
-    prompt_batches: how many batches of prompts were taken.
+    sampled_tokens: prompt and response tokens of all samples, those of groups that gave way included. prompt_batches: how many batches
+    of prompts were taken.
     """
 
     batch: StepBatch
@@ -39,6 +40,7 @@ class Experience:
     trajectories: Sequence[Trajectory]
     verdicts: Sequence[Verdict]
     metrics: dict[str, float]
+    sampled_tokens: int
     prompt_batches: int = 1
 
 
@@ -98,11 +100,13 @@ class GradedRollouts:
             token_budget=self.config.rollout.max_response_tokens,
             critic_mini_batch_prompts=self.config.critic.mini_batch_prompts,
         )
-        metrics = self._metrics([group for drawn in rounds for group in drawn], batch, step)
+        every = [group for drawn in rounds for group in drawn]
+        metrics = self._metrics(every, batch, step)
         metrics["rollout/rounds"] = float(len(rounds))
         if settings.name == "w_reinforce" and isinstance(objective, SignedObjective):
             metrics["policy/lambda"] = objective.positive
-        return Experience(batch, [group.prompt for group in groups], trajectories, verdicts, metrics, len(rounds))
+        tokens = _tokens([trajectory for group in every for trajectory in group.trajectories])
+        return Experience(batch, [group.prompt for group in groups], trajectories, verdicts, metrics, tokens, len(rounds))
 
     def _round(self, prompts: Sequence[Prompt], step: int, clock: PhaseClock) -> list[Group]:
         samples = self.config.rollout.samples_per_prompt
@@ -143,7 +147,7 @@ class References:
         trajectories = [reference_trajectory(self.tokenizer, index, prompt) for index, prompt in enumerate(prompts)]
         scales = token_scales(trajectories, trajectories, self.aggregation, self.token_budget)
         samples = (WeightedSample(trajectory, 1.0, scale) for trajectory, scale in zip(trajectories, scales, strict=True))
-        return Experience(StepBatch((tuple(samples),), ()), prompts, trajectories, (), {})
+        return Experience(StepBatch((tuple(samples),), ()), prompts, trajectories, (), {}, _tokens(trajectories))
 
     def draw_ahead(self, prompts: Sequence[Prompt], step: int) -> None:
         """Nothing is sampled."""
@@ -155,6 +159,11 @@ class References:
         """The loss is the mean negative log-prob; what compares with an engine or splits by sign has no meaning here."""
         kept = ("policy/learning_rate", "policy/updates", "policy/grad_norm", "policy/entropy", "policy/logprob")
         return {"supervised/loss": -metrics["policy/logprob"], **{name: metrics[name] for name in kept}}
+
+
+def _tokens(trajectories: Sequence[Trajectory]) -> int:
+    """Of prompts and responses."""
+    return sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in trajectories)
 
 
 def require_responses(prompts: Sequence[Prompt], path: str) -> None:

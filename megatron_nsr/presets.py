@@ -41,18 +41,33 @@ def with_defaults(values: Any) -> Any:
     objective = values.get("objective") if isinstance(values, Mapping) else None
     if not isinstance(objective, Mapping):
         return values
+    return _filled(values, published(objective))
+
+
+def overridden(values: Mapping[str, Any]) -> list[str]:
+    """What a complete configuration sets otherwise than it was published, each as `section.field=value (published: value)`."""
+    return [
+        f"{section}.{field}={values[section][field]} (published: {value})"
+        for section, fields in published(values["objective"]).items()
+        for field, value in fields.items()
+        if values[section][field] != value
+    ]
+
+
+def published(objective: Mapping[str, Any]) -> Settings:
+    """What the preset and the name of an objective, right or wrong ones, say of fields."""
     name, preset = objective.get("name"), objective.get("preset")
-    filled = values
+    settings: Settings = OBJECTIVES.get(name, {}) if isinstance(name, str) else {}
     if isinstance(preset, str) and preset in PRESETS:
-        filled = _filled(filled, PRESETS[preset])
+        settings = _filled(settings, PRESETS[preset])
         if name in KL_OBJECTIVES:
-            filled = _filled(filled, WITH_KL)
+            settings = _filled(settings, WITH_KL)
         if (preset, name) == ("paper_code", "ppo"):
-            filled = _filled(filled, CODE_CRITIC)
-    return _filled(filled, OBJECTIVES.get(name, {}) if isinstance(name, str) else {})
+            settings = _filled(settings, CODE_CRITIC)
+    return settings
 
 
-def _filled(values: Mapping[str, Any], settings: Settings) -> Mapping[str, Any]:
+def _filled(values: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     filled = dict(values)
     for section, fields in settings.items():
         given = values.get(section, {})

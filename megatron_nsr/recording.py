@@ -22,6 +22,7 @@ from megatron_nsr.observability.run_directory import RunDirectory, flat_config, 
 from megatron_nsr.observability.samples import sample_rows, write_samples
 from megatron_nsr.observability.state import Status, read_state, write_state
 from megatron_nsr.platform import distributed
+from megatron_nsr.presets import overridden
 from megatron_nsr.types import Prompt, StepMetrics, UserError
 from megatron_nsr.weights.gathering import execute_push_plan
 from megatron_nsr.weights.safetensors_files import write_hf_directory
@@ -61,7 +62,7 @@ class Progress:
 
 
 def announce(config: Config, inputs: Inputs) -> None:
-    """One line before the slow start: what is about to run, and what was left out."""
+    """Before the slow start: what is about to run and what was left out, and for training where it departs from what was published."""
     if distributed.launched_rank() != 0:
         return
     parallel, world = config.parallel, distributed.launched_world_size()
@@ -69,6 +70,9 @@ def announce(config: Config, inputs: Inputs) -> None:
     data = [("data.train", inputs.train), *inputs.benchmarks.items()]
     counts = ", ".join(f"{name} {len(p.prompts)} prompts" + (f" ({p.too_long} too long)" if p.too_long else "") for name, p in data if p)
     print(f"{config.run.dir}: {config.objective.name}, {counts}; {sizes} on {inputs.backend.device.type}; starting ...", flush=True)
+    if inputs.train and (departures := overridden(config.model_dump(by_alias=True))):
+        origin = f"preset={config.objective.preset}" if config.objective.preset else f"name={config.objective.name}"
+        print(f"objective.{origin} holds except for {', '.join(departures)}", flush=True)
 
 
 def conclude(config: Config, run: RunDirectory, status: Status, step: int) -> None:

@@ -207,14 +207,13 @@ class Trainer:
         )
 
     def _step_metrics(self, metrics: dict[str, float], experience: Experience, clock: PhaseClock) -> dict[str, float]:
-        tokens = sum(len(trajectory.prompt_ids) + trajectory.length for trajectory in experience.trajectories)
         times = clock.metrics()
         return {
             "data/epoch": float(self.sampler.epoch),
             **experience.metrics,
             **metrics,
             **times,
-            "perf/tokens_per_s": tokens / times["time/step_s"],
+            "perf/tokens_per_s": experience.sampled_tokens / times["time/step_s"],
         }
 
     def _checkpoint(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 
 RESAMPLES = 1000
 SEED = 20250601
+MIN_PROBLEMS = 2  # drawing from a single one gives it every time: an interval of no width, which would say that the mean is certain
 CHUNK = 100  # resamples drawn at once: [CHUNK, problems] counts live in memory
 
 

@@ -12,10 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from rich.table import Table
 
 from megatron_nsr import __version__
-from megatron_nsr.evaluation.report_data import RunData, benchmark_names, load_runs
+from megatron_nsr.evaluation.evaluation_files import benchmark_names, shown_ks
+from megatron_nsr.evaluation.report_data import RunData, load_runs
 from megatron_nsr.evaluation.report_figures import heldout_entropy_figures, pass_at_k_figures, time_figures
 from megatron_nsr.evaluation.report_panels import engine_figures, learning_figures, other_figures, sign_figures, speed_figures
 from megatron_nsr.evaluation.report_tables import (
+    all_ks,
     config_differences,
     curve_rows,
     environment_rows,
@@ -24,7 +26,6 @@ from megatron_nsr.evaluation.report_tables import (
     number_text,
     ratio_text,
     samples_to_read,
-    shown_ks,
     summary_table,
 )
 from megatron_nsr.observability.plots import MARKERS, color_of, css_color, marker_of, theme_variables
@@ -50,7 +51,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    benchmarks = benchmark_names(data)
+    benchmarks = benchmark_names(evaluation for run in data for evaluation in run.evaluations)
     page = environment.get_template("report.html.j2").render(
         version=__version__,
         themes=[theme_variables(dark=False), theme_variables(dark=True)],
@@ -77,8 +78,8 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
 def render_pass_at_k_table(runs: Sequence[Path]) -> Table:
     """The final Pass@k and held-out entropy of each run as a table for a terminal; raises UserError as `write_report` does."""
     data = load_runs(runs)
-    benchmarks = benchmark_names(data)
-    shown = sorted({k for benchmark in benchmarks for k in shown_ks(data, benchmark)})
+    benchmarks = benchmark_names(evaluation for run in data for evaluation in run.evaluations)
+    shown = sorted({k for benchmark in benchmarks for k in shown_ks(all_ks(data, benchmark))})
     table = Table(title="Pass@k on held-out problems")
     for column in ("run", *(["benchmark"] if len(benchmarks) > 1 else [])):
         table.add_column(column, overflow="fold")

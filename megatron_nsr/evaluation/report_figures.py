@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import nan
 
-from megatron_nsr.evaluation.report_data import BenchmarkResult, Curve, RunData, difference_interval
+from megatron_nsr.evaluation.evaluation_files import BenchmarkResult, Curve, difference
+from megatron_nsr.evaluation.report_data import RunData
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
     WIDE,
@@ -98,7 +98,7 @@ def time_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
 def pass_at_k_lines(runs: Sequence[RunData], benchmark: str) -> list[Line]:
     """Each run's last Pass@k curve on a benchmark in percent, with its band where the file holds it or the counts per problem."""
     results = [run.final(benchmark) for run in runs]
-    return _curves(runs, [None if result is None else Curve(result.pass_at_k, result.intervals) for result in results])
+    return _curves(runs, [result.curve if result else None for result in results])
 
 
 def run_line(index: int, label: str, x: Sequence[float], y: Sequence[float], *, dashed: bool = False) -> Line:
@@ -138,9 +138,9 @@ def _curves(runs: Sequence[RunData], curves: Sequence[Curve | None]) -> list[Lin
         if curve is None or not curve.values:
             continue
         line = run_line(index, run.name, list(curve.values), [100 * value for value in curve.values.values()])
-        if curve.intervals:
-            low, high = ([100 * curve.intervals.get(k, (nan, nan))[side] for k in curve.values] for side in (0, 1))
-            line = replace(line, low=low, high=high)
+        low, high = curve.band()
+        if low and high:
+            line = replace(line, low=[100 * share for share in low], high=[100 * share for share in high])
         lines.append(line)
     return lines
 
@@ -158,14 +158,9 @@ def _votes(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
 def _differences(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
     """Pass@k less the first run's, in points, of the runs that were evaluated on the same problems."""
     base = runs[0].final(benchmark)
-    lines = []
-    for index, run in enumerate(runs[1:], start=1):
-        result = run.final(benchmark)
-        intervals = difference_interval(result, base) if result and base else {}
-        if result and base and intervals:
-            values = [100 * (result.pass_at_k[k] - base.pass_at_k[k]) for k in intervals]
-            low, high = ([100 * interval[side] for interval in intervals.values()] for side in (0, 1))
-            lines.append(replace(run_line(index, run.name, list(intervals), values), low=low, high=high))
+    results = [None, *(run.final(benchmark) for run in runs[1:])]
+    compared = [difference(result, base) if result and base else None for result in results]
+    lines = _curves(runs, [curve if curve and curve.intervals else None for curve in compared])
     if not lines:
         return []
     title = f"{benchmark}: difference to {runs[0].name}"

@@ -1,6 +1,6 @@
 """The tables of a report: Pass@k with intervals, metrics, config differences, versions, and the responses to read.
 
-May import: observability and types.
+May import: observability, types and this package.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from megatron_nsr.evaluation.report_data import BenchmarkResult, Group, RunData, difference_interval
+from megatron_nsr.evaluation.evaluation_files import NO_VALUE, BenchmarkResult, Curve, Group, difference, shown_ks
+from megatron_nsr.evaluation.report_data import RunData
 from megatron_nsr.evaluation.report_panels import logged_metrics
 from megatron_nsr.observability.metrics import metric_meaning
 from megatron_nsr.observability.run_directory import flatten
 from megatron_nsr.observability.samples import SampleRow
 from megatron_nsr.types import Outcome
 
-SHOWN_KS = 4  # columns of Pass@k in the first table, from the smallest to the largest k
 SHOWN_SAMPLES = 3  # of each kind and run
 SHOWN_CHARACTERS = 6000  # of a prompt or response; the middle of a longer one is left out
 LAST_STEPS = 10  # of a run, that a metric's number is the mean over
-NO_VALUE = "–"
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,14 @@ class GroupTable:
     rows: list[tuple[str, str, list[Cell]]]
 
 
-def shown_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
-    """At most SHOWN_KS of the ks that any run has, evenly over their order, both ends included."""
-    ks = _all_ks(runs, benchmark)
-    if len(ks) <= SHOWN_KS:
-        return ks
-    return [ks[round(index * (len(ks) - 1) / (SHOWN_KS - 1))] for index in range(SHOWN_KS)]
+def all_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
+    """Every k that some run has."""
+    return sorted({k for run in runs if (result := run.final(benchmark)) for k in result.pass_at_k})
 
 
 def summary_table(runs: Sequence[RunData], benchmark: str) -> tuple[list[str], list[tuple[RunData, list[Cell]]]]:
     """Columns, and for each run a cell a column: the last evaluation's numbers with their differences to the first run."""
-    shown = shown_ks(runs, benchmark)
+    shown = shown_ks(all_ks(runs, benchmark))
     results = [run.final(benchmark) for run in runs]
     greedy = any(result is not None and result.greedy is not None for result in results)
     columns = [*(f"Pass@{k}" for k in shown), *(["greedy"] if greedy else []), "held-out entropy, nats"]
@@ -69,8 +65,8 @@ def summary_table(runs: Sequence[RunData], benchmark: str) -> tuple[list[str], l
 
 def curve_rows(runs: Sequence[RunData], benchmark: str) -> tuple[list[int], list[tuple[RunData, list[Cell]]]]:
     """All ks, and for each run that was evaluated its Pass@k with the 95 % interval in percent."""
-    ks = _all_ks(runs, benchmark)
-    return ks, [(run, _interval_cells(result.pass_at_k, result.intervals, ks)) for run in runs if (result := run.final(benchmark))]
+    ks = all_ks(runs, benchmark)
+    return ks, [(run, _interval_cells(result.curve, ks)) for run in runs if (result := run.final(benchmark))]
 
 
 def group_tables(runs: Sequence[RunData], benchmark: str) -> list[GroupTable]:
@@ -81,7 +77,7 @@ def group_tables(runs: Sequence[RunData], benchmark: str) -> list[GroupTable]:
         for column, groups in (result.groups if result else {}).items():
             for value, group in groups.items():
                 by_column.setdefault(column, {}).setdefault(value, [None] * len(runs))[index] = group
-    largest = max(_all_ks(runs, benchmark), default=1)
+    largest = max(all_ks(runs, benchmark), default=1)
     return [
         GroupTable(
             column, largest, [(value, _problems(groups), [_group_cell(g, largest) for g in groups]) for value, groups in rows.items()]
@@ -133,24 +129,20 @@ def number_text(value: float | None) -> str:
     return NO_VALUE if value is None else f"{value:.3f}"
 
 
-def _all_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
-    return sorted({k for run in runs if (result := run.final(benchmark)) for k in result.pass_at_k})
-
-
 def _difference_cells(result: BenchmarkResult | None, base: BenchmarkResult | None, ks: Sequence[int]) -> list[Cell]:
-    intervals = difference_interval(result, base) if result and base else {}
+    intervals = difference(result, base).intervals if result and base else {}
     cells = []
     for k in ks:
         value = result.pass_at_k.get(k) if result else None
-        difference = _difference(value, base.pass_at_k.get(k), factor=100, digits=1) if base else ()
+        points = _difference(value, base.pass_at_k.get(k), factor=100, digits=1) if base else ()
         interval = (" to ".join(_signed(100 * bound, 1) for bound in intervals[k]),) if k in intervals else ()
-        cells.append(Cell(ratio_text(value), difference + interval))
+        cells.append(Cell(ratio_text(value), points + interval))
     return cells
 
 
-def _interval_cells(values: Mapping[int, float], intervals: Mapping[int, tuple[float, float]], ks: Sequence[int]) -> list[Cell]:
-    notes = {k: " to ".join(f"{100 * bound:.1f}" for bound in bounds) for k, bounds in intervals.items()}
-    return [Cell(f"{100 * values[k]:.1f}" if k in values else NO_VALUE, (notes[k],) if k in notes else ()) for k in ks]
+def _interval_cells(curve: Curve, ks: Sequence[int]) -> list[Cell]:
+    notes = {k: (" to ".join(f"{100 * bound:.1f}" for bound in bounds),) for k, bounds in curve.intervals.items()}
+    return [Cell(f"{100 * curve.values[k]:.1f}" if k in curve.values else NO_VALUE, notes.get(k, ())) for k in ks]
 
 
 def _problems(groups: Sequence[Group | None]) -> str:

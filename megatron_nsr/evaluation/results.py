@@ -16,6 +16,8 @@ SCORES is these keys, each {"1": 0.5, "2": ..., ...} with k = 1, 2, 4, ... up to
 
     pass_at_k, ci_low, ci_high              unbiased Pass@k and its 95 % bootstrap interval over problems
     cons_at_k, cons_ci_low, cons_ci_high    majority vote (evaluation/votes.py) likewise; absent where the grader names no answers
+
+A single problem has no intervals.
 """
 
 from __future__ import annotations
@@ -28,14 +30,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_nsr.evaluation.bootstrap import interval
+from megatron_nsr.evaluation.bootstrap import MIN_PROBLEMS, interval
+from megatron_nsr.evaluation.evaluation_files import CONS_KEYS, NO_VALUE, PASS_KEYS
 from megatron_nsr.evaluation.pass_at_k import default_ks, pass_at_k
 from megatron_nsr.evaluation.votes import Votes, consensus
 from megatron_nsr.types import Outcome, Prompt, Reason, Verdict
 
 GROUP_COLUMNS = ("level", "type", "subject")
-PASS_KEYS = ("pass_at_k", "ci_low", "ci_high")
-CONS_KEYS = ("cons_at_k", "cons_ci_low", "cons_ci_high")
 
 
 def benchmark_result(prompts: Sequence[Prompt], verdicts: Sequence[Sequence[Verdict]], votes: Sequence[Votes] | None) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def _curve_table(result: Mapping[str, Any]) -> Table:
     for k in result["pass_at_k"]:
         cells = []
         for _, (value, low, high) in curves:
-            cells += [_percent(result[value][k]), f"{_percent(result[low][k])} to {_percent(result[high][k])}"]
+            band = f"{_percent(result[low][k])} to {_percent(result[high][k])}" if low in result else NO_VALUE
+            cells += [_percent(result[value][k]), band]
         table.add_row(k, *cells)
     return table
 
@@ -116,10 +118,10 @@ def _groups(marks: Sequence[Mapping[str, str]], ks: Sequence[int], passed: np.nd
 
 def _scores(ks: Sequence[int], passed: np.ndarray, agreed: np.ndarray | None) -> dict[str, dict[str, float]]:
     """passed, agreed: float64 [problems, ks]."""
-    both = passed if agreed is None else np.concatenate([passed, agreed], axis=1)
-    columns = np.stack([both.mean(axis=0), *interval(both)])  # [mean low high, columns]
-    names = [str(k) for k in ks]
-    scores = {key: dict(zip(names, row, strict=True)) for key, row in zip(PASS_KEYS, columns[:, : len(ks)].tolist(), strict=True)}
-    if agreed is not None:
-        scores |= {key: dict(zip(names, row, strict=True)) for key, row in zip(CONS_KEYS, columns[:, len(ks) :].tolist(), strict=True)}
+    scores: dict[str, dict[str, float]] = {}
+    for keys, shares in ((PASS_KEYS, passed), (CONS_KEYS, agreed)):
+        if shares is None:
+            continue
+        rows = [shares.mean(axis=0), *(interval(shares) if len(shares) >= MIN_PROBLEMS else ())]
+        scores |= {key: dict(zip(map(str, ks), row.tolist(), strict=True)) for key, row in zip(keys, rows, strict=False)}
     return scores

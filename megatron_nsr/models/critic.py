@@ -24,6 +24,8 @@ class CriticModel(PolicyModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"share_embeddings_and_output_weights": False})
         if self.post_process:
+            # megatron-core has built an LM head here, which goes now: until then it adds to the peak of memory. Nothing leaves out the
+            # head alone, as `post_process` also decides the final norm (GPTModel, megatron-core 0.16.1).
             like = self.output_layer.weight
             self.output_layer = torch.nn.Linear(like.size(1), 1, bias=False, dtype=like.dtype, device=like.device)
             torch.nn.init.zeros_(self.output_layer.weight)

@@ -91,7 +91,7 @@ METRICS: dict[str, str] = {
     "time/eval_s": "wall time of evaluation, seconds",
     "time/checkpoint_s": "wall time of writing the step's checkpoint, seconds",
     "time/other_s": "wall time of the step that no other phase counts, seconds",
-    "perf/tokens_per_s": "prompt and response tokens of the step over its wall time, tokens a second",
+    "perf/tokens_per_s": "prompt and response tokens of all that the step sampled over its wall time, tokens a second",
 }
 
 

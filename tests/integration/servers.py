@@ -9,6 +9,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_nsr.platform.distributed import free_port
 from tests.integration.small_run import CONFIGS, Small, Started, kill, start, wait_until
@@ -19,10 +20,10 @@ PYTHON = os.environ.get("MEGATRON_NSR_SERVER_PYTHON")  # of another environment,
 class RolloutServer:
     """One server of the small base model; `url` stays the same when it is started again."""
 
-    def __init__(self, small: Small, name: str, *overrides: str) -> None:
+    def __init__(self, small: Small, log: Path, *overrides: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = small.root / f"{name}.log"
+        self._log = log
         self._arguments = [
             *("serve", str(CONFIGS / "quickstart.yaml"), f"model.path={small.base / 'hf'}", "rollout.kv_cache_mib=32"),
             *("--port", str(self.port), *overrides),

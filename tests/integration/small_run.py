@@ -1,12 +1,13 @@
 """A tiny quickstart for tests of the real commands: its data, the command lines, and processes that can be signalled.
 
-May import: the quickstart, megatron_nsr.observability and the standard library.
+May import: the quickstart, megatron_nsr.observability, filelock and the standard library.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from examples.quickstart.prepare import prepare
 from megatron_nsr.observability.metrics import read_metrics
@@ -68,11 +71,23 @@ class Small:
 
 def prepare_small(root: Path) -> Small:
     """Writes the quickstart's data, its corpus shortened, and trains the base just long enough to write words."""
+    root.mkdir()
     prepare(root, corpus_size=3000)
     small = Small(root)
     steps = ("run.steps=40", "optimizer.warmup_steps=5", "checkpoint.every=40")
     finished(start(small.supervised(small.base, *steps), root / "base.log"), 0)
     return small
+
+
+def made_once(folder: Path, make: Callable[[], object]) -> Path:
+    """The folder, which `make` fills in the first of the session's test processes that asks for it; the others wait and share it."""
+    made = Path(f"{folder}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make()
+            made.touch()
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +133,17 @@ def kill(started: Started) -> None:
     except ProcessLookupError:
         return
     started.process.wait()
+
+
+def cut_short(run: Path, step: int) -> None:
+    """Leaves a finished run of one step more as one that was killed after `step` leaves its directory."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:step]))
+    shutil.rmtree(run / "checkpoints" / f"step_{step + 1}")
+    (run / "checkpoints" / "latest").unlink()
+    os.symlink(f"step_{step}", run / "checkpoints" / "latest")
+    shutil.rmtree(run / "hf")
+    (run / "state.json").write_text((run / "state.json").read_text().replace('"done"', '"running"'))
 
 
 def wait_until(happened: Callable[[], bool], started: Started, what: str) -> None:

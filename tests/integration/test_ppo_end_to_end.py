@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from megatron_nsr.observability.metrics import METRICS, read_metrics
-from tests.integration.small_run import Small, finished, start, values
+from tests.integration.small_run import Small, cut_short, finished, start, values
 from tests.integration.test_layouts_end_to_end import LAYOUTS
 
 STEPS, WARMUP = 3, 1
@@ -50,14 +48,3 @@ def check_steps(logged: list[dict[str, float]]) -> None:
 
 def exported(run: Path) -> list[Path]:
     return [run / "exports" / f"step_{step}" for step in range(1, STEPS + 1)]
-
-
-def cut_short(run: Path, step: int) -> None:
-    """As a run that was killed after `step` leaves its directory."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:step]))
-    shutil.rmtree(run / "checkpoints" / f"step_{STEPS}")
-    (run / "checkpoints" / "latest").unlink()
-    os.symlink(f"step_{step}", run / "checkpoints" / "latest")
-    shutil.rmtree(run / "hf")
-    (run / "state.json").write_text((run / "state.json").read_text().replace('"done"', '"running"'))

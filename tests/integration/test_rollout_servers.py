@@ -20,12 +20,17 @@ GAP = 1e-4
 
 
 @pytest.fixture(scope="module")
-def servers(small: Small) -> Iterator[dict[str, RolloutServer]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture(scope="module")
+def servers(small: Small, folder: Path) -> Iterator[dict[str, RolloutServer]]:
     """`one` and `two` are alike; the workers of `wide` share the model."""
     made = {
-        "one": RolloutServer(small, "one"),
-        "two": RolloutServer(small, "two"),
-        "wide": RolloutServer(small, "wide", "rollout.tensor_parallel=2"),
+        "one": RolloutServer(small, folder / "one.log"),
+        "two": RolloutServer(small, folder / "two.log"),
+        "wide": RolloutServer(small, folder / "wide.log", "rollout.tensor_parallel=2"),
     }
     for server in made.values():
         server.begin()
@@ -39,10 +44,10 @@ def servers(small: Small) -> Iterator[dict[str, RolloutServer]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_server_run(small: Small, servers: dict[str, RolloutServer]) -> Path:
+def undisturbed_server_run(small: Small, servers: dict[str, RolloutServer], folder: Path) -> Path:
     """Four steps of one process on one server."""
-    run = small.root / "server_undisturbed"
-    finished(start(small.nsr(run, "run.steps=4", *server_overrides([servers["one"]])), small.root / f"{run.name}.log"), 0)
+    run = folder / "undisturbed"
+    finished(start(small.nsr(run, "run.steps=4", *server_overrides([servers["one"]])), folder / "undisturbed.log"), 0)
     return run
 
 

@@ -102,6 +102,7 @@ def test_the_metrics_are_of_all_that_was_sampled() -> None:
     assert found.metrics["reward/correct_ratio"] == pytest.approx(5 / 8)
     assert found.metrics["reward/fully_solved_ratio"] == pytest.approx(0.5)
     assert found.metrics["rollout/rounds"] == 2
+    assert len(found.trajectories) == 4 and found.sampled_tokens == 8 * (1 + 2)  # a prompt of one token, a response of two
 
 
 def test_a_prompt_that_a_new_epoch_brings_again_is_not_sampled_twice() -> None:

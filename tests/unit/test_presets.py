@@ -9,7 +9,7 @@ import pytest
 
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import dump_config, load_config, parse_config
-from megatron_nsr.presets import OBJECTIVES, PRESET_OBJECTIVES, PRESETS
+from megatron_nsr.presets import OBJECTIVES, PRESET_OBJECTIVES, PRESETS, overridden
 from megatron_nsr.types import UserError
 
 
@@ -54,6 +54,21 @@ def test_what_is_given_wins_over_preset_and_name() -> None:
     config = parse_config(values("dapo", eps_high=0.2, sampling_rounds=2) | {"reward": {"truncated": "wrong"}})
     assert (config.objective.eps_high, config.objective.sampling_rounds, config.reward.truncated) == (0.2, 2, "wrong")
     assert config.objective.aggregation == "token_mean"
+
+
+def test_what_departs_from_a_preset_is_told() -> None:
+    def told(*given: str, **objective: Any) -> list[str]:
+        return overridden(parsed(*given, **objective).model_dump(by_alias=True))
+
+    assert (
+        told("grpo", preset="paper") == told("nsr", preset="paper", entropy_coefficient=1e-4) == told("nsr", aggregation="token_mean") == []
+    )
+    assert told("dapo") == [] and told("dapo", eps_high=0.2) == ["objective.eps_high=0.2 (published: 0.28)"]
+    assert told("nsr", preset="paper", kl_coefficient=0.1) == []  # the paper says nothing of KL there
+    assert told("grpo", preset="paper_code", aggregation="sequence_mean", kl_coefficient=0.0) == [
+        "objective.kl_coefficient=0.0 (published: 0.001)",
+        "objective.aggregation=sequence_mean (published: token_mean)",
+    ]
 
 
 @pytest.mark.parametrize(

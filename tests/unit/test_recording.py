@@ -1,9 +1,10 @@
-"""state.json after a failure, and the bound on the log-prob gap."""
+"""What is said at the start, state.json after a failure, and the bound on the log-prob gap."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state, write_state
-from megatron_nsr.recording import Recorder, check_gap, open_loggers, reporting_state
+from megatron_nsr.recording import Recorder, announce, check_gap, open_loggers, reporting_state
 from megatron_nsr.types import StepMetrics, UserError
 
 
@@ -77,6 +78,25 @@ def test_the_step_moves_with_every_line(tmp_path: Path) -> None:
         with open_loggers(run, config, completed_steps=0) as loggers:
             loggers.log(StepMetrics(3, {}))
             assert outcome(run) == ("running", 3, "")
+
+
+def announced(capsys: pytest.CaptureFixture[str], *, train: Any, **objective: Any) -> list[str]:
+    config = config_for(Path("runs/a"))
+    config = parse_config(config.model_dump(by_alias=True) | {"objective": {"name": "nsr", "mini_batch_prompts": 8} | objective})
+    inputs: Any = SimpleNamespace(train=train, benchmarks={}, backend=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    announce(config, inputs)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_training_tells_before_it_starts_where_it_departs_from_its_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    train = SimpleNamespace(prompts=[None] * 5, too_long=0)
+    [first] = announced(capsys, train=train, preset="paper")
+    assert first.startswith("runs/a: nsr, data.train 5 prompts; ") and first.endswith(" on cpu; starting ...")
+    assert announced(capsys, train=train, preset="paper", aggregation="token_mean", entropy_coefficient=0.0)[1:] == [
+        "objective.preset=paper holds except for objective.aggregation=token_mean (published: sequence_mean), "
+        "objective.entropy_coefficient=0.0 (published: 0.0001)"
+    ]
+    assert len(announced(capsys, train=None, preset="paper", aggregation="token_mean")) == 1  # an evaluation reads none of it
 
 
 class Lines:

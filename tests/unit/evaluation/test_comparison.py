@@ -49,7 +49,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 
 def test_a_run_brings_all_its_evaluations_and_a_file_itself(paths: list[Path]) -> None:
-    assert [(item.label, item.step) for item in load_evaluations(paths)] == [
+    assert [(item.label, item.result.step) for item in load_evaluations(paths)] == [
         ("base", 0),
         ("nsr, step 10", 10),
         ("nsr, step 20", 20),
@@ -103,8 +103,23 @@ def test_intervals_of_an_earlier_version_s_file_are_made_up_for(tmp_path: Path) 
     found = load_evaluations(
         [evaluate(tmp_path / "old", 1, MATH=old), evaluate(tmp_path / "bare", 1, MATH={"n": 4, "pass_at_k": {"1": 0.5}})]
     )
-    assert found[0].benchmarks["MATH"]["ci_low"] == pytest.approx(new["ci_low"])
+    lows = {str(k): low for k, (low, _) in found[0].benchmarks["MATH"].curve.intervals.items()}
+    assert lows == pytest.approx(new["ci_low"])
     assert [record["low"] for record in comparison_records(found) if record["evaluation"].startswith("bare")] == [None]
+    write_picture(tmp_path / "curves.png", found)
+
+
+def test_a_single_problem_has_no_interval_whatever_its_file_says(tmp_path: Path) -> None:
+    old = entry([1]) | {"ci_low": {"1": 0.25}, "ci_high": {"1": 0.25}}
+    counts = {key: entry([3])[key] for key in ("n", "pass_at_k", "problems")}
+    found = load_evaluations([evaluate(tmp_path / "old", 1, MATH=old), evaluate(tmp_path / "new", 1, MATH=counts)])
+    records = comparison_records(found)
+    assert {record[bound] for record in records for bound in ("low", "high", "difference_low", "difference_high")} == {None}
+    (later,) = [record for record in records if record["evaluation"].startswith("new") and record["k"] == 1]
+    assert later["difference"] == 0.5
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(render_comparison(found))
+    assert " 75.0 " in console.export_text()
     write_picture(tmp_path / "curves.png", found)
 
 

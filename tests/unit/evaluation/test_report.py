@@ -18,8 +18,9 @@ import pytest
 from rich.console import Console
 
 from megatron_nsr.config_files import parse_config
+from megatron_nsr.evaluation.evaluation_files import difference
 from megatron_nsr.evaluation.report import render_pass_at_k_table, write_report
-from megatron_nsr.evaluation.report_data import difference_interval, load_runs, run_names
+from megatron_nsr.evaluation.report_data import load_runs, run_names
 from megatron_nsr.evaluation.report_panels import SIGN_TITLES
 from megatron_nsr.evaluation.report_tables import metric_rows
 from megatron_nsr.observability.loggers import JsonlLogger
@@ -315,9 +316,21 @@ def test_a_long_response_is_cut_in_its_middle(tmp_path: Path) -> None:
 def test_a_difference_is_paired_over_the_same_problems(runs: list[Path]) -> None:
     base, better = (load_runs(runs)[index].final("puzzle") for index in (1, 2))
     assert base is not None and better is not None
-    assert difference_interval(base, base) == dict.fromkeys(KS, (0.0, 0.0))
-    low, high = difference_interval(better, base)[1]
-    assert low < better.pass_at_k[1] - base.pass_at_k[1] < high
+    assert difference(base, base).intervals == dict.fromkeys(KS, (0.0, 0.0))
+    found = difference(better, base)
+    low, high = found.intervals[1]
+    assert low < found.values[1] == better.pass_at_k[1] - base.pass_at_k[1] < high
+
+
+def test_a_single_problem_has_no_interval(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path, name, "nsr", steps=1) for name in ("base", "nsr")]
+    for path, count in zip(paths, (4, 8), strict=True):
+        alone = {"n": N, "pass_at_k": {"1": count / N}, "problems": [{"id": "p", "correct": count, "n": N}]}
+        write_json(RunDirectory(path).evaluation(1), {"step": 1, "benchmarks": {"puzzle": alone}})
+    missing = write_report(paths, tmp_path / "report.html")
+    assert "nsr: a single problem in puzzle, hence no interval" in missing
+    text = Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+    assert "+25.0" in text and "+25.0 to" not in text and "50.0 to" not in text
 
 
 def test_runs_of_the_same_name_are_told_apart() -> None:

@@ -8,7 +8,8 @@ import json
 import pytest
 from rich.console import Console
 
-from megatron_nsr.evaluation.results import CONS_KEYS, PASS_KEYS, benchmark_result, render_result
+from megatron_nsr.evaluation.evaluation_files import CONS_KEYS, PASS_KEYS
+from megatron_nsr.evaluation.results import benchmark_result, render_result
 from megatron_nsr.evaluation.votes import count_votes
 from megatron_nsr.types import Outcome, Prompt, Reason, Verdict
 
@@ -66,6 +67,17 @@ def test_groups_weighed_by_their_problems_are_the_whole() -> None:
 def test_what_cannot_be_known_is_absent() -> None:
     found = benchmark_result([problem("a")], [[RIGHT, WRONG]], None)
     assert not {"groups", *CONS_KEYS} & set(found)
+
+
+def test_a_single_problem_has_no_interval() -> None:
+    bounds = {*PASS_KEYS[1:], *CONS_KEYS[1:]}
+    alone = benchmark_result(PROMPTS[:1], VERDICTS[:1], count_votes(VERDICTS[:1], None))
+    levels = result()["groups"]["level"]
+    assert not bounds & set(alone) and not bounds & set(levels["Level 1"]) and bounds < set(levels["Level 2"])
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(render_result("MATH", alone))
+    text = console.export_text()
+    assert "50.00 %" in text and " to " not in text
 
 
 def test_uneven_problems_are_scored_up_to_the_fewest_samples() -> None:

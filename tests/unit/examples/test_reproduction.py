@@ -24,7 +24,6 @@ from examples.reproduction.page import render
 from examples.reproduction.plan import METHODS, base_runs, comparison_runs, search_runs
 from examples.reproduction.results import (
     KS,
-    BaseResult,
     Evaluation,
     MethodResult,
     Results,
@@ -40,49 +39,7 @@ from megatron_nsr.evaluation.pass_at_k import pass_at_k
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import write_state
 from megatron_nsr.types import UserError
-
-PROBLEMS, SAMPLES, STEPS, LONG = 100, 512, 10, 20
-# What the paper describes, as a method's (share of problems it can solve, chance of a right response there, entropy).
-PAPER = {
-    "psr": (0.75, 0.75, 0.02),
-    "nsr": (0.95, 0.45, 0.30),
-    "w_reinforce": (0.97, 0.50, 0.25),
-    "reinforce": (0.90, 0.48, 0.15),
-    "grpo": (0.88, 0.48, 0.20),
-}
-START, DEGRADED = (0.92, 0.30, 0.32), (0.60, 0.40, 0.28)
-Shape = tuple[float, float, float]
-
-
-def evaluation(step: int, shape: Shape, seed: int) -> Evaluation:
-    """Counts that a model of this shape gives, with the luck of `seed`."""
-    solvable, chance, entropy = shape
-    generator = np.random.default_rng(seed)
-    # The same problems are hard for all: the first ones are solvable.
-    counts = [int(generator.binomial(SAMPLES, chance if index < solvable * PROBLEMS else 0.0)) for index in range(PROBLEMS)]
-    return Evaluation(step, SAMPLES, entropy + 0.004 * float(generator.standard_normal()), tuple(counts))
-
-
-def results(shapes: Mapping[str, Shape] = PAPER, late: Mapping[str, Shape] | None = None, bases: int = 2, seeds: int = 3) -> Results:
-    late = {"nsr": DEGRADED} if late is None else late
-    runs = []
-    for base in range(1, bases + 1):
-        for index, (method, shape) in enumerate(shapes.items()):
-            for seed in range(1, seeds + 1):
-                luck = 1000 * base + 100 * index + 10 * seed
-                evaluations = [evaluation(STEPS, shape, luck)]
-                if method in ("nsr", "w_reinforce"):
-                    evaluations.append(evaluation(LONG, late.get(method, shape), luck + 1))
-                runs.append(MethodResult(base, method, seed, 1e-4, tuple(evaluations)))
-    plan = SCALES["full"].describe() | {"steps": STEPS, "long_steps": LONG}
-    return Results(
-        settings=plan,
-        bases=tuple(BaseResult(base, evaluation(0, START, base)) for base in range(1, bases + 1)),
-        runs=tuple(runs),
-        search=(),
-        cost={"wall_s": 120.0, "cpu_s": 180.0},
-        environment={"hardware": {"cores": 2, "cpu": "some"}, "git": {"commit": "0123456789abcdef"}},
-    )
+from tests.unit.examples.made_up_results import DEGRADED, PAPER, PROBLEMS, SAMPLES, STEPS, Shape, evaluation, results
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +222,7 @@ def test_the_page_says_what_the_numbers_say_and_what_is_missing(paper: Results, 
     assert "Not in this comparison: PPO. " in page
     assert "2 bases" in page and "2 minutes by the clock and 3 minutes of CPU time" in page
     nothing = render(None, None, [])
+    assert all("## The setting was not picked blind" in text for text in (page, nothing))  # what was seen before is told either way
     assert nothing.count("**Not run yet**") == 2 and "|" not in nothing
     for name in write_figures(Comparison(paper), tmp_path, "made_up"):
         assert (tmp_path / name).stat().st_size > 10_000

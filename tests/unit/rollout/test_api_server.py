@@ -41,13 +41,13 @@ def test_one_line_says_when_it_listens(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == f"http://0.0.0.0:{server.server_port}: {ready}\n"
 
 
-# A process that starts another as multiprocessing's `spawn` does: with the main module under the name __mp_main__.
-PARENT = """
-import subprocess, sys, time
-code = "import os, runpy, sys, time; runpy.run_module('megatron_nsr.rollout.api_server', run_name='__mp_main__'); "
-code += "child = os.fork(); print('forked' if child == 0 else 'spawned', flush=True); time.sleep(600)"
-subprocess.Popen([sys.executable, "-c", code])
-time.sleep(600)
+# A process that starts another as multiprocessing's `spawn` does: with the main module under the name __mp_main__. Each line is one
+# write: unbuffered, as PYTHONUNBUFFERED has it, `print` makes two, and those of the two processes may mix.
+PARENT = r"""
+import subprocess, sys
+code = "import os, runpy, time; runpy.run_module('megatron_nsr.rollout.api_server', run_name='__mp_main__'); "
+code += "child = os.fork(); os.write(1, b'forked\\n' if child == 0 else b'spawned\\n'); time.sleep(600)"
+subprocess.run([sys.executable, "-c", code])
 """
 
 
