@@ -93,6 +93,13 @@ class EvaluationResult:
     heldout_entropy: float | None
     benchmarks: Mapping[str, BenchmarkResult]
 
+    @property
+    def prompts(self) -> frozenset[tuple[str, str]] | None:
+        """(benchmark, problem id) of every held-out prompt, which the entropy is a mean over; None where the file does not name all."""
+        if not self.benchmarks or not all(result.ids for result in self.benchmarks.values()):
+            return None
+        return frozenset((name, problem) for name, result in self.benchmarks.items() for problem in result.ids)
+
 
 def read_evaluation(path: Path) -> EvaluationResult:
     """Raises UserError naming a file that is no evaluation."""

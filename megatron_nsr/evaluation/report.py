@@ -26,7 +26,7 @@ from megatron_nsr.evaluation.report_tables import (
     number_text,
     ratio_text,
     samples_to_read,
-    summary_table,
+    summary_tables,
 )
 from megatron_nsr.observability.plots import MARKERS, color_of, css_color, marker_of, theme_variables
 from megatron_nsr.observability.run_directory import write_atomic
@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
         themes=[theme_variables(dark=False), theme_variables(dark=True)],
         keys={run.name: (css_color(color_of(index)), MARKERS[marker_of(index)]) for index, run in enumerate(data)},
         runs=data,
-        summaries=[(name, *summary_table(data, name)) for name in benchmarks or [""]],
+        summaries=summary_tables(data, benchmarks),
         benchmarks=[(name, pass_at_k_figures(data, name), *curve_rows(data, name), group_tables(data, name)) for name in benchmarks],
         sections=[
             ("learning", "Learning", [*heldout_entropy_figures(data), *learning_figures(data)]),
@@ -88,9 +88,13 @@ def render_pass_at_k_table(runs: Sequence[Path]) -> Table:
     for benchmark in benchmarks or [""]:
         for run in data:
             result = run.final(benchmark)
+            if result is None and len(benchmarks) > 1:
+                continue
             values = [ratio_text(result.pass_at_k.get(k) if result else None) for k in shown]
             names = [run.name, benchmark] if len(benchmarks) > 1 else [run.name]
-            table.add_row(*names, str(run.steps), *values, number_text(run.final_entropy))
+            table.add_row(*names, str(run.steps), *values, number_text(run.final_entropy) if len(benchmarks) < 2 else "")
+    for run in data if len(benchmarks) > 1 else ():  # entropy is a mean over all of a run's benchmarks
+        table.add_row(run.name, "all", str(run.steps), *("" for _ in shown), number_text(run.final_entropy))
     return table
 
 

@@ -55,9 +55,14 @@ class RunData:
         return found[-1] if found else None
 
     @property
-    def final_entropy(self) -> float | None:
-        found = [evaluation.heldout_entropy for evaluation in self.evaluations if evaluation.heldout_entropy is not None]
+    def final_heldout(self) -> EvaluationResult | None:
+        """The last evaluation that measured held-out entropy."""
+        found = [evaluation for evaluation in self.evaluations if evaluation.heldout_entropy is not None]
         return found[-1] if found else None
+
+    @property
+    def final_entropy(self) -> float | None:
+        return self.final_heldout.heldout_entropy if self.final_heldout else None
 
     @property
     def missing(self) -> list[str]:
@@ -83,6 +88,28 @@ def load_runs(paths: Sequence[Path]) -> list[RunData]:
         if not RunDirectory(path).config.is_file():
             raise UserError(f"run {path}: not a run directory, it holds no config.yaml")
     return [_load_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+
+
+def same_prompts(run: RunData, other: RunData) -> bool:
+    """Whether the runs' held-out entropies are over the same prompts, and known to be."""
+    mine, theirs = run.final_heldout, other.final_heldout
+    return mine is not None and theirs is not None and mine.prompts is not None and mine.prompts == theirs.prompts
+
+
+def prompts_remark(runs: Sequence[RunData]) -> str:
+    """A sentence for a panel of held-out numbers that do not compare; empty where they do."""
+    groups: list[list[RunData]] = []
+    for run in runs:
+        if run.final_heldout:
+            fitting = next((group for group in groups if same_prompts(group[0], run)), None)
+            if fitting is None:
+                groups.append([run])
+            else:
+                fitting.append(run)
+    if len(groups) < 2:
+        return ""
+    names = " | ".join(", ".join(run.name for run in group) for group in groups)
+    return f" Measured on different prompts, so levels do not compare between: {names}."
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

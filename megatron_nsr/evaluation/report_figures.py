@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_nsr.evaluation.evaluation_files import BenchmarkResult, Curve, difference
-from megatron_nsr.evaluation.report_data import RunData
+from megatron_nsr.evaluation.report_data import RunData, prompts_remark
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
     WIDE,
@@ -69,7 +69,7 @@ def heldout_entropy_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
             curves.append(run_line(index, run.name, [step for step, _ in points], [value for _, value in points]))
     if not curves:
         return []
-    caption = f"heldout/entropy: {METRICS['heldout/entropy']}."
+    caption = f"heldout/entropy: {METRICS['heldout/entropy']}.{prompts_remark(runs)}"
     lines = _level_single_points(curves)
     if lines:
         return [line_panel("Held-out entropy", f"{caption} {LEVELS}", lines, x_label="training step", y_label="nats a token")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_nsr.evaluation.report_data import SUPERVISED, RunData
+from megatron_nsr.evaluation.report_data import SUPERVISED, RunData, prompts_remark
 from megatron_nsr.evaluation.report_figures import PHASES, ReportFigure, line_panel, run_line
 from megatron_nsr.observability.metrics import METRICS, metric_meaning
 from megatron_nsr.observability.plots import Line, Scale
@@ -111,8 +111,9 @@ def _figures(runs: Sequence[RunData], panels: Iterable[Panel]) -> list[ReportFig
     for panel in panels:
         lines = _lines(runs, panel, None if panel.metrics == ("supervised/loss",) else reinforced)
         if lines:
+            remark = prompts_remark(runs) if panel.metrics[0].startswith("heldout/") else ""
             figures.append(
-                line_panel(panel.title, _caption(panel), lines, x_label="training step", y_label=panel.unit, y_scale=panel.scale)
+                line_panel(panel.title, _caption(panel) + remark, lines, x_label="training step", y_label=panel.unit, y_scale=panel.scale)
             )
     return figures
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from megatron_nsr.evaluation.evaluation_files import NO_VALUE, BenchmarkResult, Curve, Group, difference, shown_ks
-from megatron_nsr.evaluation.report_data import RunData
+from megatron_nsr.evaluation.report_data import RunData, same_prompts
 from megatron_nsr.evaluation.report_panels import logged_metrics
 from megatron_nsr.observability.metrics import metric_meaning
 from megatron_nsr.observability.run_directory import flatten
@@ -33,6 +33,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class SummaryTable:
+    """rows: a run and a cell a column."""
+
+    benchmark: str
+    columns: list[str]
+    rows: list[tuple[RunData, list[Cell]]]
+
+
+@dataclass(frozen=True)
 class GroupTable:
     """Pass@1, and as a note Pass@k at the largest k. rows: value of `column`, its problems, a cell a run."""
 
@@ -46,21 +55,32 @@ def all_ks(runs: Sequence[RunData], benchmark: str) -> list[int]:
     return sorted({k for run in runs if (result := run.final(benchmark)) for k in result.pass_at_k})
 
 
-def summary_table(runs: Sequence[RunData], benchmark: str) -> tuple[list[str], list[tuple[RunData, list[Cell]]]]:
-    """Columns, and for each run a cell a column: the last evaluation's numbers with their differences to the first run."""
+def summary_tables(runs: Sequence[RunData], benchmarks: Sequence[str]) -> list[SummaryTable]:
+    """One of all runs with what belongs to no benchmark, and one of each benchmark with the runs that have it; a single one is both."""
+    if len(benchmarks) == 1:
+        return [summary_table(runs, benchmarks[0], entropy=True)]
+    tables = [summary_table(runs, name, entropy=False) for name in benchmarks]
+    return [summary_table(runs, "", entropy=True), *(replace(t, rows=[r for r in t.rows if r[0].final(t.benchmark)]) for t in tables)]
+
+
+def summary_table(runs: Sequence[RunData], benchmark: str, *, entropy: bool) -> SummaryTable:
+    """The last evaluations' numbers with their differences to the first run; benchmark: may be none's name, for its own columns alone."""
     shown = shown_ks(all_ks(runs, benchmark))
     results = [run.final(benchmark) for run in runs]
     greedy = any(result is not None and result.greedy is not None for result in results)
-    columns = [*(f"Pass@{k}" for k in shown), *(["greedy"] if greedy else []), "held-out entropy, nats"]
+    columns = [*(f"Pass@{k}" for k in shown), *(["greedy"] if greedy else []), *(["held-out entropy, nats"] if entropy else [])]
     rows = []
     for run, result in zip(runs, results, strict=True):
         base = None if run is runs[0] else results[0]
         cells = _difference_cells(result, base, shown)
         if greedy:
             cells.append(Cell(ratio_text(result.greedy if result else None)))
-        entropy = () if run is runs[0] else _difference(run.final_entropy, runs[0].final_entropy)
-        rows.append((run, [*cells, Cell(number_text(run.final_entropy), entropy)]))
-    return columns, rows
+        if entropy:
+            comparable = run is not runs[0] and same_prompts(run, runs[0])
+            notes = _difference(run.final_entropy, runs[0].final_entropy) if comparable else ()
+            cells.append(Cell(number_text(run.final_entropy), notes))
+        rows.append((run, cells))
+    return SummaryTable(benchmark, columns, rows)
 
 
 def curve_rows(runs: Sequence[RunData], benchmark: str) -> tuple[list[int], list[tuple[RunData, list[Cell]]]]:

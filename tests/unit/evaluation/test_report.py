@@ -248,7 +248,7 @@ def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path],
     result = load_runs(runs)[1].final("puzzle")
     assert result is not None
     assert list(result.pass_at_k) == sorted(KS)
-    assert all(result.intervals[k][0] < value < result.intervals[k][1] for k, value in result.pass_at_k.items())
+    assert all(result.curve.intervals[k][0] < value < result.intervals[k][1] for k, value in result.pass_at_k.items())
     assert result.per_problem.mean(axis=0) == pytest.approx(list(result.pass_at_k.values()), abs=1e-12)
 
     written = evaluation(3, 4)
@@ -256,7 +256,7 @@ def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path],
     run = make_run(tmp_path, "stored", "nsr", steps=1)
     write_json(RunDirectory(run).evaluation(3), written)
     stored = load_runs([run])[0].final("puzzle")
-    assert stored is not None and stored.intervals == {1: (0.125, 0.875)}
+    assert stored is not None and stored.curve.intervals == {1: (0.125, 0.875)}
     write_report([run], tmp_path / "report.html")
     assert "12.5 to 87.5" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
 
