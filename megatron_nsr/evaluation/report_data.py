@@ -90,6 +90,17 @@ def load_runs(paths: Sequence[Path]) -> list[RunData]:
     return [_load_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
 
 
+def step_runs(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs that have values over training steps; supervised ones, whose steps are others, only where there are no others."""
+    moving = [run for run in runs if run.metrics or len(run.evaluations) > 1]
+    return [run for run in moving if run.objective != SUPERVISED] or moving
+
+
+def step_limits(runs: Sequence[RunData]) -> tuple[float, float]:
+    """The ends of the axis of these runs' training steps, the same for every panel."""
+    return 0, max([1, *(run.steps for run in runs), *(evaluation.step for run in runs for evaluation in run.evaluations)])
+
+
 def same_prompts(run: RunData, other: RunData) -> bool:
     """Whether the runs' held-out entropies are over the same prompts, and known to be."""
     mine, theirs = run.final_heldout, other.final_heldout

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_nsr.evaluation.evaluation_files import BenchmarkResult, Curve, difference
-from megatron_nsr.evaluation.report_data import RunData, prompts_remark
+from megatron_nsr.evaluation.report_data import RunData, prompts_remark, step_limits, step_runs
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
     WIDE,
@@ -26,7 +26,6 @@ from megatron_nsr.observability.plots import (
 )
 
 PHASES = tuple(name for name in METRICS if name.startswith("time/") and name != "time/step_s")
-LEVELS = "A run evaluated once is drawn as a level."
 INTERVALS = "95 % intervals by bootstrap over problems"
 
 
@@ -66,17 +65,17 @@ def heldout_entropy_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
     for index, run in enumerate(runs):
         points = [(evaluation.step, evaluation.heldout_entropy) for evaluation in run.evaluations if evaluation.heldout_entropy is not None]
         if points:
-            curves.append(run_line(index, run.name, [step for step, _ in points], [value for _, value in points]))
+            curves.append((run, run_line(index, run.name, [step for step, _ in points], [value for _, value in points])))
     if not curves:
         return []
     caption = f"heldout/entropy: {METRICS['heldout/entropy']}.{prompts_remark(runs)}"
-    lines = _level_single_points(curves)
+    lines, remark = _over_steps(runs, curves)
     if lines:
-        return [line_panel("Held-out entropy", f"{caption} {LEVELS}", lines, x_label="training step", y_label="nats a token")]
+        return [step_panel("Held-out entropy", caption + remark, lines, y_label="nats a token", limits=step_limits(step_runs(runs)))]
     figure = bars_figure(
-        [line.label for line in curves], [line.y[0] for line in curves], [line.color for line in curves], x_label="nats a token"
+        [line.label for _, line in curves], [line.y[0] for _, line in curves], [line.color for _, line in curves], x_label="nats a token"
     )
-    alt = "Bars of held-out entropy: " + ", ".join(f"{line.label} {line.y[0]:.3g}" for line in curves)
+    alt = "Bars of held-out entropy: " + ", ".join(f"{line.label} {line.y[0]:.3g}" for _, line in curves)
     return [ReportFigure("Held-out entropy", caption, to_svg(figure, alt))]
 
 
@@ -106,6 +105,13 @@ def run_line(index: int, label: str, x: Sequence[float], y: Sequence[float], *, 
     return Line(label, x, y, color_of(index), marker_of(index), dashed=dashed)
 
 
+def step_panel(
+    title: str, caption: str, lines: Sequence[Line], *, y_label: str, limits: tuple[float, float], y_scale: Scale = "linear"
+) -> ReportFigure:
+    """A panel against training steps; limits: the first and last step of its axis."""
+    return line_panel(title, caption, lines, x_label="training step", y_label=y_label, y_scale=y_scale, x_limits=limits)
+
+
 def line_panel(
     title: str,
     caption: str,
@@ -117,6 +123,7 @@ def line_panel(
     y_scale: Scale = "linear",
     wide: bool = False,
     zero: bool = False,
+    x_limits: tuple[float, float] | None = None,
 ) -> ReportFigure:
     """A figure of lines whose description names where each one ends."""
     ends = ", ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
@@ -126,7 +133,10 @@ def line_panel(
         caption += f" Thin: every value; thick: running mean of {window}."
 
     def draw(**size: tuple[float, float]) -> str:
-        return to_svg(line_figure(lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale, zero=zero, **size), alt)
+        figure = line_figure(
+            lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale, zero=zero, x_limits=x_limits, **size
+        )
+        return to_svg(figure, alt)
 
     return ReportFigure(title, caption, draw(), draw(size=WIDE) if wide else "")
 
@@ -170,7 +180,7 @@ def _differences(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
 
 def _pass_over_steps(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
     """Pass@1 and Pass@largest k against training steps, where a run was evaluated more than once."""
-    curves = []
+    curves, largest_ks = [], set()
     for index, run in enumerate(runs):
         results = [
             (evaluation.step, evaluation.benchmarks[benchmark]) for evaluation in run.evaluations if benchmark in evaluation.benchmarks
@@ -179,27 +189,30 @@ def _pass_over_steps(runs: Sequence[RunData], benchmark: str) -> list[ReportFigu
         if not results:
             continue
         steps, largest = [step for step, _ in results], max(results[-1][1].pass_at_k)
+        largest_ks.add(largest)
         for k, dashed in ((1, False), (largest, True)):
             values = [100 * result.pass_at_k.get(k, float("nan")) for _, result in results]
-            curves.append(run_line(index, f"{run.name}, k = {k}", steps, values, dashed=dashed))
-    lines = _level_single_points(curves)
+            curves.append((run, run_line(index, f"{run.name}, k = {k}", steps, values, dashed=dashed)))
+    lines, remark = _over_steps(runs, curves)
     if not lines:
         return []
-    largest_ks = sorted({label for line in lines if line.dashed for label in [line.label.rpartition("k = ")[2]]}, key=int)
-    caption = f"Solid: k = 1; dashed: k = {' or '.join(largest_ks)}. {LEVELS}"
-    return [line_panel(f"{benchmark} over training", caption, lines, x_label="training step", y_label="Pass@k, %")]
+    caption = f"Solid: k = 1; dashed: k = {' or '.join(map(str, sorted(largest_ks)))}.{remark}"
+    limits = step_limits(step_runs(runs))
+    return [step_panel(f"{benchmark} over training", caption, lines, y_label="Pass@k, %", limits=limits)]
 
 
-def _level_single_points(curves: Sequence[Line]) -> list[Line]:
-    """Draws a run that was evaluated once as a level across the others' steps: its own steps may be of another kind of training.
+def _over_steps(runs: Sequence[RunData], curves: Sequence[tuple[RunData, Line]]) -> tuple[list[Line], str]:
+    """Each run's line against training steps, and a remark on those that are levels; no lines where none has two points.
 
-    Empty where no curve has more than one point.
+    A run that took none of the axis's steps is a level at its last value, without markers: nothing was measured along it.
     """
-    steps = [step for curve in curves if len(curve.x) > 1 for step in curve.x]
-    if not steps:
-        return []
-    ends = [min(steps), max(steps)]
-    return [curve if len(curve.x) > 1 else replace(curve, x=ends, y=[curve.y[0]] * 2) for curve in curves]
+    if all(len(line.x) < 2 for _, line in curves):
+        return [], ""
+    moving = step_runs(runs)
+    names = {run.name for run in moving}
+    lines = [line if run.name in names else replace(line, x=step_limits(moving), y=[line.y[-1]] * 2, marker="") for run, line in curves]
+    levels = ", ".join(dict.fromkeys(run.name for run, _ in curves if run.name not in names))
+    return lines, f" Level, without markers: {levels}, of none of these steps." if levels else ""
 
 
 def _counts(runs: Sequence[RunData], benchmark: str) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_nsr.evaluation.report_data import SUPERVISED, RunData, prompts_remark
-from megatron_nsr.evaluation.report_figures import PHASES, ReportFigure, line_panel, run_line
+from megatron_nsr.evaluation.report_data import SUPERVISED, RunData, prompts_remark, step_limits, step_runs
+from megatron_nsr.evaluation.report_figures import PHASES, ReportFigure, run_line, step_panel
 from megatron_nsr.observability.metrics import METRICS, metric_meaning
 from megatron_nsr.observability.plots import Line, Scale
 
@@ -106,25 +106,25 @@ def logged_metrics(runs: Sequence[RunData]) -> list[str]:
 
 def _figures(runs: Sequence[RunData], panels: Iterable[Panel]) -> list[ReportFigure]:
     # Steps of supervised and of reinforcement learning share no axis, unless there are only the former.
-    reinforced = {run.name for run in runs if run.objective != SUPERVISED} or {run.name for run in runs}
+    shared, supervised = step_runs(runs), [run for run in runs if run.objective == SUPERVISED]
     figures = []
     for panel in panels:
-        lines = _lines(runs, panel, None if panel.metrics == ("supervised/loss",) else reinforced)
+        shown = supervised if panel.metrics == ("supervised/loss",) else shared
+        lines = _lines(runs, panel, {run.name for run in shown})
         if lines:
             remark = prompts_remark(runs) if panel.metrics[0].startswith("heldout/") else ""
-            figures.append(
-                line_panel(panel.title, _caption(panel) + remark, lines, x_label="training step", y_label=panel.unit, y_scale=panel.scale)
-            )
+            caption, limits = _caption(panel) + remark, step_limits(shown)
+            figures.append(step_panel(panel.title, caption, lines, y_label=panel.unit, y_scale=panel.scale, limits=limits))
     return figures
 
 
-def _lines(runs: Sequence[RunData], panel: Panel, names: set[str] | None) -> list[Line]:
-    """The panel's lines of the runs of these names, or of all."""
+def _lines(runs: Sequence[RunData], panel: Panel, names: set[str]) -> list[Line]:
+    """The panel's lines of the runs of these names."""
     lines = []
     for index, run in enumerate(runs):
         for position, metric in enumerate(panel.metrics):
             x, y = run.curve(metric)
-            if x and (names is None or run.name in names):
+            if x and run.name in names:
                 label = f"{run.name}, {panel.roles[position]}" if panel.roles else run.name
                 lines.append(run_line(index, label, x, y, dashed=position > 0))
     return lines

@@ -111,14 +111,21 @@ def line_figure(
     y_scale: Scale = "linear",
     size: tuple[float, float] = PANEL,
     zero: bool = False,
+    x_limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Curves in one axes; values that are not finite, or not positive on a log axis, leave a gap. zero: marks y = 0."""
+    """Curves in one axes; values that are not finite, or not positive on a log axis, leave a gap. zero: marks y = 0.
+
+    x_limits: the ends of a linear x axis, on which figures of one width then have the same ticks.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         if zero:
             axes.axhline(0, color=INK, linewidth=1)
         draw_lines(axes, lines, x_label=x_label, y_label=y_label, x_scale=x_scale, y_scale=y_scale)
+        if x_limits is not None:
+            margin = 0.03 * (x_limits[1] - x_limits[0])
+            axes.set_xlim(x_limits[0] - margin, x_limits[1] + margin)
     return figure
 
 

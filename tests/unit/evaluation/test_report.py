@@ -239,7 +239,7 @@ def test_runs_evaluated_once_compare_entropy_in_bars(tmp_path: Path) -> None:
 
 def test_a_run_evaluated_once_is_a_level_beside_the_others(page: str) -> None:
     text = Page(page).text
-    assert "Solid: k = 1; dashed: k = 16. A run evaluated once is drawn as a level." in text
+    assert "Solid: k = 1; dashed: k = 16. Level, without markers: base, of none of these steps." in text
     assert "40 problems, n = 16 samples each" in text
     assert "mathdefault" not in text  # numbers on a log axis are plain text
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megatron_nsr.evaluation import report_figures
 from megatron_nsr.evaluation.report import render_pass_at_k_table
 from megatron_nsr.evaluation.report_data import load_runs
-from megatron_nsr.evaluation.report_figures import heldout_entropy_figures
+from megatron_nsr.evaluation.report_figures import heldout_entropy_figures, pass_at_k_figures
+from megatron_nsr.evaluation.report_panels import learning_figures
 from megatron_nsr.evaluation.report_tables import summary_tables
+from megatron_nsr.observability.plots import Line
 from megatron_nsr.observability.run_directory import RunDirectory, write_json
 from tests.unit.evaluation.test_report import evaluation, make_run
 
@@ -57,3 +62,38 @@ def test_entropy_stands_once_and_a_benchmark_lists_the_runs_that_have_it(tmp_pat
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render_pass_at_k_table(paths))
     assert (console.export_text(clear=False).count("1.100"), console.export_text().count("0.900")) == (1, 1)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Sequence[Line], object]]:
+    """Of each panel against training steps that is made: its lines and the limits of its axis."""
+    panels: dict[str, tuple[Sequence[Line], object]] = {}
+    whole = report_figures.line_panel
+
+    def record(title: str, caption: str, lines: Sequence[Line], **settings: Any) -> report_figures.ReportFigure:
+        if settings["x_label"] == "training step":
+            panels[title] = lines, settings["x_limits"]
+        return whole(title, caption, lines, **settings)
+
+    monkeypatch.setattr(report_figures, "line_panel", record)
+    return panels
+
+
+def test_only_a_run_that_did_not_train_is_a_level_and_all_panels_have_the_same_axis(
+    tmp_path: Path, drawn: dict[str, tuple[Sequence[Line], object]]
+) -> None:
+    runs = load_runs(
+        [
+            make_run(tmp_path, "base", "nsr", steps=0, evaluated=[0]),
+            make_run(tmp_path, "once", "psr", steps=12, evaluated=[12]),
+            make_run(tmp_path, "often", "nsr", steps=20, evaluated=[0, 8, 20]),
+        ]
+    )
+    figures = [*pass_at_k_figures(runs, "puzzle"), *heldout_entropy_figures(runs), *learning_figures(runs)]
+    for title in ("puzzle over training", "Held-out entropy"):
+        lines = {line.label.partition(",")[0]: line for line in drawn[title][0]}
+        assert (list(lines["base"].x), lines["base"].marker) == ([0, 20], "")
+        assert (list(lines["once"].x), list(lines["often"].x)) == ([12], [0, 8, 20]) and lines["once"].marker
+        (caption,) = [figure.caption for figure in figures if figure.title == title]
+        assert "Level, without markers: base, of none of these steps." in caption
+    assert len(drawn) > 6 and {limits for _, limits in drawn.values()} == {(0, 20)}
