@@ -1,8 +1,12 @@
 r"""Problems of one's own: a CSV table with the columns `numbers` (`3 7 2`), `target` and `operators` becomes a file to train on.
 
-    printf 'numbers,target,operators\n3 7 2,20,+*\n9 5 4,0,--\n' > puzzles.csv       # more than these two, of course
+    printf 'numbers,target,operators\n3 7 2,20,+*\n9 5 4,0,--\n' > puzzles.csv       # and 62 more at least, see below
     python -m examples.own_dataset puzzles.csv runs/own/train.jsonl
     megatron-nsr train configs/quickstart.yaml data.train=runs/own/train.jsonl data.validation=32 evaluation.every=10 run.dir=runs/own
+
+The configuration's data and base model are there after `make quickstart`. A step takes `data.prompts_per_step` different problems, 32 in
+that configuration, and `data.validation=32` holds out as many: 64 are the fewest here. With `data.prompts_per_step=8 data.validation=8`
+it is 16.
 
 A row needs `question` and `answer`. An `id` names it in samples and evaluations; all other columns reach the grader as `prompt.extra`.
 docs/data.md has the whole schema. Reading the file back finds what is wrong with it before a run does.

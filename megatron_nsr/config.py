@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from megatron_nsr.objective_fields import check_objective
+from megatron_nsr.objective_fields import check_learning, check_objective, known_objective
 from megatron_nsr.presets import with_defaults
 
 Positive = Annotated[int, Field(ge=1)]
@@ -18,7 +18,16 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Range = Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)]
+
+
+def _two(values: Any) -> Any:
+    if not isinstance(values, list) or len(values) != 2:
+        raise ValueError("give two numbers, [low, high]")
+    return values
+
+
+Range = Annotated[list[NonNegativeFloat], BeforeValidator(_two)]
+ObjectiveName = Annotated[str, AfterValidator(known_objective)]
 
 
 def _address(url: str) -> str:
@@ -121,7 +130,7 @@ class RewardConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: str = Field(
+    name: ObjectiveName = Field(
         description="psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, ppo, supervised, or the import path of an "
         "Objective, module:Class; some bring defaults of their own, see objectives.md"
     )
@@ -314,6 +323,13 @@ class Config(Section):
                 f"objective.mini_batch_prompts={objective.mini_batch_prompts} does not divide data.prompts_per_step={data.prompts_per_step}"
             )
         check_objective(objective.model_dump(by_alias=True), _defaults(ObjectiveConfig))
+        check_learning(
+            objective.name,
+            steps=self.run.steps,
+            nsr_steps=objective.nsr_steps,
+            critic_warmup_steps=self.critic.warmup_steps,
+            samples_per_prompt=self.rollout.samples_per_prompt,
+        )
         self._consistent_servers()
         self._consistent_critic()
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:

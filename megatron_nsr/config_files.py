@@ -77,6 +77,8 @@ def _describe(item: Any) -> str:
     if item["type"] == "value_error":
         problem = str(item["ctx"]["error"])
         return f"{field}={item['input']!r}: {problem}" if field else problem
+    if item["type"] == "int_type" and isinstance(item["input"], float) and item["input"].is_integer():
+        return f"{field}={item['input']!r}: write it as a whole number, {int(item['input'])}"  # 1e3 is a float in YAML
     return f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

@@ -69,7 +69,8 @@ def announce(config: Config, inputs: Inputs) -> None:
     sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {world // (parallel.tensor * parallel.pipeline)}"
     data = [("data.train", inputs.train), *inputs.benchmarks.items()]
     counts = ", ".join(f"{name} {len(p.prompts)} prompts" + (f" ({p.too_long} too long)" if p.too_long else "") for name, p in data if p)
-    print(f"{config.run.dir}: {config.objective.name}, {counts}; {sizes} on {inputs.backend.device.type}; starting ...", flush=True)
+    work = config.objective.name if inputs.train else "evaluate"
+    print(f"{config.run.dir}: {work}, {counts}; {sizes} on {inputs.backend.device.type}; starting ...", flush=True)
     if inputs.train and (departures := overridden(config.model_dump(by_alias=True))):
         origin = f"preset={config.objective.preset}" if config.objective.preset else f"name={config.objective.name}"
         print(f"objective.{origin} holds except for {', '.join(departures)}", flush=True)

@@ -36,7 +36,9 @@ A field of `objective` that the objective does not read is an error unless it ha
 
 Checked over several fields: `objective.mini_batch_prompts` divides `data.prompts_per_step` (supervised runs apart);
 `parallel.virtual_pipeline` above 1 needs `parallel.pipeline` above 1; `parallel.sequence` needs `parallel.tensor` above 1;
-`optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `rollout.mode=server` needs `rollout.servers`, and
+`optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `objective.nsr_steps` and `critic.warmup_steps` are below
+`run.steps`, unless that is 0; objectives that compare a prompt's responses with one another need `rollout.samples_per_prompt` of 2
+or more; `rollout.mode=server` needs `rollout.servers`, and
 `rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
 processes (heads that `parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) and what servers say of themselves
 is checked before anything slow starts. `critic` is for `objective.name=ppo` alone: with another objective it is an error to change it.

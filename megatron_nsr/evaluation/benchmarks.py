@@ -86,6 +86,8 @@ class Benchmarks:
         samples, writes = self.settings.samples, distributed.rank() == 0
         done: list[list[Verdict]] = distributed.broadcast_object(kept.verdicts() if kept and writes else [])
         part = max(1, self.settings.part_samples // samples) if kept else len(prompts)
+        if done and writes:
+            print(f"{name}: going on after {len(done)} of {len(prompts)} problems kept", flush=True)
         for first in range(len(done), len(prompts), part):
             some = prompts[first : first + part]
             trajectories = self.rollouts.generate(some, step=0, samples=samples, sampling=self.sampling, purpose="eval")

@@ -21,7 +21,7 @@ from megatron_nsr.evaluation.results import benchmark_result, render_result
 from megatron_nsr.evaluation.votes import count_votes, same_by_math_verify
 from megatron_nsr.observability.run_directory import replacing, write_json
 from megatron_nsr.rewards.pool import GraderPool
-from megatron_nsr.types import Prompt, UserError, Verdict
+from megatron_nsr.types import Prompt, Reason, UserError, Verdict
 
 _LINES_AT_ONCE = 8192  # responses in memory at a time
 
@@ -93,7 +93,7 @@ def write_summary(path: Path, summary: ScoreSummary, *, source: Path, benchmark:
 
 
 def render(summary: ScoreSummary, name: str) -> RenderableType:
-    """Tables for a terminal: Pass@k and cons@k, and how the verdicts came about."""
+    """Tables for a terminal: Pass@k and cons@k, and how the verdicts came about; a line about timeouts, which depend on the machine."""
     samples = sum(summary.outcomes.values())
     verdicts = Table()
     for column in ("", "samples", "share"):
@@ -102,7 +102,11 @@ def render(summary: ScoreSummary, name: str) -> RenderableType:
         for label, count in counts.items():
             verdicts.add_row(label, str(count), f"{100 * count / samples:.2f} %")
         verdicts.add_section()
-    return Group(render_result(name, summary.result), Text(f"Verdicts on {samples} samples"), verdicts)
+    parts: list[RenderableType] = [render_result(name, summary.result), Text(f"Verdicts on {samples} samples"), verdicts]
+    if timeouts := summary.reasons.get(Reason.TIMEOUT.value):
+        advice = "if the machine was busy, score again or raise --timeout-s"
+        parts.append(Text(f"timeouts: {timeouts}, each of them counted as not correct; {advice}"))
+    return Group(*parts)
 
 
 def check_output(field: str, out: Path, *taken: Path) -> None:

@@ -9,9 +9,6 @@ from megatron_nsr.objectives.rloo import LeaveOneOut
 from megatron_nsr.objectives.signed import SignedObjective
 from megatron_nsr.objectives.topr import TaperedReinforce
 from megatron_nsr.platform.imports import load_instance
-from megatron_nsr.types import UserError
-
-NAMES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "dr_grpo", "dapo", "rloo", "topr", "ppo")
 
 
 def build_objective(
@@ -22,7 +19,7 @@ def build_objective(
     positive_ratio: tuple[float, float] = (1.0, 1.0),
     negative_ratio: tuple[float, float] = (0.0, 1.0),
 ) -> Objective:
-    """Returns the named objective, or a user's own where `name` is an import path; raises UserError otherwise.
+    """Returns the named objective, or a user's own where `name` is an import path; raises UserError where that leads nowhere.
 
     regularized: whether the loss has an entropy bonus or a KL term, which samples of weight 0 carry. positive_ratio, negative_ratio:
     where TOPR truncates the importance ratio.
@@ -44,7 +41,5 @@ def build_objective(
             return LeaveOneOut(regularized)
         case "topr":
             return TaperedReinforce(positive_ratio, negative_ratio)
-    if ":" in name:
-        objective: Objective = load_instance(name, "objective.name", "weigh(rewards, judged)")
-        return objective
-    raise UserError(f"objective.name={name!r}: choose one of {', '.join((*NAMES, 'supervised'))}, or an import path module:Class")
+    objective: Objective = load_instance(name, "objective.name", "weigh(rewards, judged)")
+    return objective

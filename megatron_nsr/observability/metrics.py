@@ -38,9 +38,9 @@ METRICS: dict[str, str] = {
     "rollout/rounds": "batches of prompts that were sampled for the step; more than 1 with dynamic sampling alone",
     "rollout/push_bytes": "weights handed to each engine after the step's update, bytes",
     "rollout/engines": "engines that took these weights: of the run's own, or servers, of which some may be gone for a while",
-    "policy/loss": "policy loss, mean over the step's mini-batches, nats",
-    "policy/loss_psr": "the part of the policy loss that correct responses carry, nats",
-    "policy/loss_nsr": "the part of the policy loss that wrong responses carry, nats",
+    "policy/loss": "loss of the update, entropy bonus and KL term included, mean over the step's mini-batches, nats",
+    "policy/loss_psr": "the part of the policy loss that correct responses carry, without entropy bonus and KL term, nats",
+    "policy/loss_nsr": "the part of the policy loss that wrong responses carry, without entropy bonus and KL term, nats",
     "policy/aux_loss": "load-balancing loss of the routers without its coefficient, mean over layers and trained sequences, "
     "1 where experts are used evenly; with objective.router_aux_loss above 0",
     "policy/grad_norm": "global gradient norm before clipping, mean over the step's mini-batches",
@@ -53,10 +53,12 @@ METRICS: dict[str, str] = {
     "policy/grad_cosine": "cosine between the two whole gradients, -1 to 1, every logging.probe_every steps",
     "policy/clip_fraction_psr": "tokens of correct responses whose gradient the ratio clip zeroes, 0 to 1",
     "policy/clip_fraction_nsr": "tokens of wrong responses whose gradient the ratio clip zeroes, 0 to 1",
-    "policy/entropy": "mean entropy of the policy at response tokens, nats a token",
+    "policy/entropy": "mean entropy of the policy at response tokens, those of dropped responses estimated from objective.dropped_share "
+    "of them, nats a token",
     "policy/entropy_psr": "mean entropy of the policy at trained tokens of correct responses, nats a token",
     "policy/entropy_nsr": "mean entropy of the policy at trained tokens of wrong responses, nats a token",
-    "policy/logprob": "mean log-probability of response tokens under the policy, nats a token",
+    "policy/logprob": "mean log-probability of response tokens under the policy, those of dropped responses estimated likewise, nats a "
+    "token",
     "policy/logprob_psr": "mean log-probability of trained tokens of correct responses under the policy, nats a token",
     "policy/logprob_nsr": "mean log-probability of trained tokens of wrong responses under the policy, nats a token",
     "policy/kl_reference": "mean k3 estimate of the KL divergence from the policy to the initial one at response tokens, nats a token; "
@@ -81,17 +83,17 @@ METRICS: dict[str, str] = {
     "eval/<benchmark>/pass@<k>": "unbiased Pass@k, mean over the benchmark's problems, 0 to 1",
     "eval/<benchmark>/greedy_accuracy": "problems that the most probable response, token by token, solves, 0 to 1",
     "data/epoch": "complete passes over the training prompts, count",
-    "time/step_s": "wall time of the whole step, seconds",
+    "time/step_s": "wall time of the step from sampling to the weight push, evaluation and checkpoint not included, seconds",
     "time/rollout_s": "wall time of sampling, seconds",
     "time/reward_s": "wall time of grading that sampling did not hide, seconds",
     "time/old_logprobs_s": "wall time of the forward passes for old log-probabilities, seconds",
     "time/critic_s": "wall time of the critic: values, advantages and its updates, seconds",
     "time/update_s": "wall time of forward, backward and optimizer, seconds",
     "time/weight_sync_s": "wall time of pushing weights to the rollout engine, seconds",
-    "time/eval_s": "wall time of evaluation, seconds",
-    "time/checkpoint_s": "wall time of writing the step's checkpoint, seconds",
-    "time/other_s": "wall time of the step that no other phase counts, seconds",
-    "perf/tokens_per_s": "prompt and response tokens of all that the step sampled over its wall time, tokens a second",
+    "time/eval_s": "wall time of evaluation, beside time/step_s, seconds",
+    "time/checkpoint_s": "wall time of writing the step's checkpoint, beside time/step_s, seconds",
+    "time/other_s": "what of time/step_s no other phase counts, seconds",
+    "perf/tokens_per_s": "prompt and response tokens of all that the step sampled, by time/step_s, tokens a second",
 }
 
 

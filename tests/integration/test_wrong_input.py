@@ -56,7 +56,7 @@ OVERRIDES = {
     "missing data": (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file or directory"),
     "missing benchmark": (["evaluation.benchmarks.MATH=nowhere.parquet"], "evaluation.benchmarks.MATH=nowhere.parquet: no such file"),
     "missing model": (["model.path=nowhere"], "model.path=nowhere: no such directory; give a Hugging Face model's directory"),
-    "unknown objective": (["objective.name=nrs"], "objective.name='nrs': choose one of psr, nsr"),
+    "unknown objective": (["objective.name=nrs"], "objective.name='nrs': no such objective; did you mean nsr?"),
     "objective nowhere": (["objective.name=nowhere:Mine"], "objective.name='nowhere:Mine': cannot import nowhere"),
     "NSR before an own loss": (
         ["objective.name=examples.own_objective:SequenceRatio", "objective.nsr_steps=2"],

@@ -124,6 +124,17 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor of 2 or more, not 1"),
+        ("run.steps=1e3", "run.steps=1000.0: write it as a whole number, 1000"),
+        ("objective.positive_ratio=[1]", "objective.positive_ratio=[1]: give two numbers, [low, high]"),
+        ("objective.negative_ratio=1", "objective.negative_ratio=1: give two numbers, [low, high]"),
+        ("objective.negative_ratio=[0,-1]", "objective.negative_ratio[1]=-1: input should be greater than or equal to 0"),
+        ("objective.name=NSR", "objective.name='NSR': no such objective; did you mean nsr?"),
+        ("objective.name=nsrr", "objective.name='nsrr': no such objective; did you mean nsr?"),
+        ("objective.name=W-REINFORCE", "objective.name='W-REINFORCE': no such objective; did you mean w_reinforce?"),
+        (
+            "objective.name=xyz",
+            "objective.name='xyz': choose one of psr, nsr, w_reinforce, reinforce, grpo, dr_grpo, dapo, rloo, topr, ppo, ",
+        ),
         ("critic.gamma=0.9", "critic.gamma=0.9: only objective.name=ppo has a critic, not nsr"),
         ("critic.lambda=0", "critic.lambda=0.0: only objective.name=ppo has a critic, not nsr"),
         ("critic.value_clip=0", "critic.value_clip=0: input should be greater than 0"),
@@ -133,6 +144,30 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
 )
 def test_wrong_input_is_one_line_that_names_the_field(file: Path, override: str, expected: str) -> None:
     assert expected in message(file, override)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
+def test_a_group_of_one_response_is_refused_where_responses_are_compared(file: Path, name: str) -> None:
+    given = ("rollout.samples_per_prompt=1", f"objective.name={name}")
+    assert f"rollout.samples_per_prompt=1: objective.name={name} compares a prompt's responses" in message(file, *given)
+    assert load_config(file, [given[1], "rollout.samples_per_prompt=2"]).rollout.samples_per_prompt == 2
+
+
+def test_one_response_a_prompt_is_enough_where_none_are_compared(file: Path) -> None:
+    assert load_config(file, ["rollout.samples_per_prompt=1"]).rollout.samples_per_prompt == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "reason"),
+    [
+        ("objective.name=grpo", "objective.nsr_steps", "objective.name=grpo would never begin; name=nsr is NSR for the whole run"),
+        ("objective.name=ppo", "critic.warmup_steps", "the policy would never learn"),
+    ],
+)
+def test_a_run_that_would_never_train_by_its_objective_is_refused(file: Path, given: str, field: str, reason: str) -> None:
+    assert f"{field}=3: it must be below run.steps=3, or {reason}" in message(file, given, f"{field}=3")
+    assert load_config(file, [given, f"{field}=3", "run.steps=4"]).run.steps == 4
+    assert load_config(file, [given, f"{field}=3", "run.steps=0"]).run.steps == 0  # an evaluation's
 
 
 def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(file: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import load_config
+from megatron_nsr.presets import overridden
 
 FOLDER = Path(__file__).parents[2] / "configs" / "paper"
 OBJECTIVES = ("psr", "nsr", "w_reinforce", "reinforce", "grpo", "ppo")
@@ -74,3 +75,10 @@ def test_models_differ_only_in_what_belongs_to_a_model() -> None:
         sampling = {f"evaluation.{key}" for key in ("preset", "samples", "temperature", "top_p", "top_k")}
         budgets = {"rollout.max_response_tokens", "training.tokens_per_micro_batch"}
         assert differing <= {"run.dir", "model.path", "data.template"} | budgets | sampling
+
+
+@pytest.mark.parametrize(("name", "more"), [("rloo", []), ("dr_grpo", []), ("topr", []), ("dapo", ["objective.eps_high=0.28"])])
+def test_another_objective_without_the_preset_is_as_it_was_published(name: str, more: list[str]) -> None:
+    config = load_config(FOLDER / "qwen2.5_math_7b" / "reinforce.yaml", [f"objective.name={name}", "objective.preset=null", *more])
+    assert overridden(config.model_dump(by_alias=True)) == []
+    assert config.run.dir == f"runs/paper/qwen2.5_math_7b/{name}"

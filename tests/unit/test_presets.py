@@ -133,10 +133,14 @@ def test_what_is_no_configuration_is_left_to_the_schema(objective: Any) -> None:
         ("supervised", {"eps_low": 0.3}, "objective.eps_low=0.3: name=supervised makes one update a step"),
         ("supervised", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it needs rollouts"),
         ("nsr", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
-        ("ppo", {"sampling_rounds": 2}, "objective.sampling_rounds=2: it would replace prompts that are always or never solved"),
+        (
+            "ppo",
+            {"sampling_rounds": 2},
+            "it would replace prompts .* and name=ppo learns from them; it is for grpo, dr_grpo, dapo, rloo, or an objective of your own",
+        ),
         ("dapo", {"preset": "paper"}, "objective.preset=paper: it is for psr, nsr, w_reinforce, reinforce, grpo, ppo, and name is dapo"),
         ("w_reinforce", {"lambda_final": 2.0}, "objective.lambda_final=2.0: it needs lambda_schedule linear or cosine"),
-        ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_end_step=0: it must be above lambda_start_step=0"),
+        ("w_reinforce", {"lambda_schedule": "linear"}, "objective.lambda_schedule=linear: it needs lambda_end_step, the first step with"),
         (
             "w_reinforce",
             {"lambda_schedule": "cosine", "lambda_start_step": 5, "lambda_end_step": 5},

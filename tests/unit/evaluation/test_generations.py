@@ -143,13 +143,15 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_result(
     assert rows(directory) == rows(undisturbed[1])
 
 
-def test_the_size_of_parts_may_change(undisturbed: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_the_size_of_parts_may_change(undisturbed: tuple[dict[str, Any], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
         evaluate(directory, SeedEngine(1))
     engine = SeedEngine()
+    assert "going on" not in capsys.readouterr().out
     assert evaluate(directory, engine, part_samples=100) == undisturbed[0]
     assert sampled(engine) == [[3, 4, 5]]
+    assert capsys.readouterr().out.splitlines() == ["toy: going on after 2 of 5 problems kept", "toy: 5 of 5 problems"]
 
 
 @pytest.mark.parametrize(

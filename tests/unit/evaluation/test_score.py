@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from megatron_nsr.evaluation.results import benchmark_result
 from megatron_nsr.evaluation.score import ScoreSummary, check_output, render, score_file, write_summary
-from megatron_nsr.types import UserError
+from megatron_nsr.types import Outcome, Prompt, Reason, UserError, Verdict
 
 
 def score(path: Path, out: Path, **settings: Any) -> ScoreSummary:
@@ -130,3 +131,15 @@ def test_wrong_paths_and_graders_are_named(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [empty, path]
     with pytest.raises(UserError, match=r"summary=.*: is .*out\.jsonl itself"):
         check_output("summary", out, path, out)
+
+
+@pytest.mark.parametrize("timeouts", [0, 2])
+def test_timeouts_are_told_with_what_helps_against_them(timeouts: int) -> None:
+    verdicts = [Verdict(Outcome.CORRECT, Reason.MATCH, "1"), *[Verdict(Outcome.NONE, Reason.TIMEOUT)] * timeouts]
+    result = benchmark_result([Prompt("a", "", (), "1")], [verdicts], None)
+    summary = ScoreSummary(result, {"correct": 1, "none": timeouts}, {"match": 1} | ({"timeout": timeouts} if timeouts else {}))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(summary, "toy"))
+    assert isinstance(console.file, io.StringIO)
+    told = [line for line in console.file.getvalue().splitlines() if "--timeout-s" in line]
+    assert [line.partition(",")[0] for line in told] == ([f"timeouts: {timeouts}"] if timeouts else [])
