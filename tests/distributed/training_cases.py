@@ -37,22 +37,35 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
     "tp2_sp_dp2": {"tensor": 2, "sequence": True},
     "tp2_sp_dp2_distributed_recompute": {"tensor": 2, "sequence": True, "distributed_optimizer": True, "recompute": "full"},
     "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
     "pp2_vpp2_dp2_distributed": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
+    "cp4": {"context": 4},
+    "tp2_sp_cp2": {"tensor": 2, "sequence": True, "context": 2},
+    "cp2_pp2": {"context": 2, "pipeline": 2},
+    "cp2_pp2_vpp2_selective": {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "selective"},
+    "cp2_dp2": {"context": 2},
+    "cp2_dp2_distributed_recompute": {"context": 2, "distributed_optimizer": True, "recompute": "full"},
 }
 # layout/model by world size: every kind of parallelism meets tied and untied embeddings.
 CASES: dict[int, list[str]] = {
     1: ["one/tied", "one/untied", "one_recompute/tied", "one_selective/untied", "one_small_micro_batches/tied"],
-    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied"],
+    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied", "cp2/tied"],
     4: [
         "tp2_pp2/tied",
         "tp2_sp_dp2/untied",
         "tp2_sp_dp2_distributed_recompute/tied",
         "pp2_vpp2_dp2/untied",
         "pp2_vpp2_dp2_distributed/tied",
+        "cp4/untied",
+        "tp2_sp_cp2/untied",
+        "cp2_pp2/tied",
+        "cp2_pp2_vpp2_selective/untied",
+        "cp2_dp2/untied",
+        "cp2_dp2_distributed_recompute/tied",
     ],
 }
 # (case that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
