@@ -154,8 +154,8 @@ class _SdpaAttention(MegatronModule):
             queries = _PaddedSequences(lengths // self.context_group.size())
             positions = queries.pad(packing.mine(_positions(packing.cu_seqlens_q))[:, None])  # [sequences, longest]
             mask = positions[:, None, :, None] >= torch.arange(keys.longest)
-        padded = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
-        return queries.unpad(self._attend(*padded, mask).transpose(1, 2)).flatten(1)[:, None]
+        query, key, value = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
+        return queries.unpad(self._attend(query, key, value, mask).transpose(1, 2)).flatten(1)[:, None]
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[batch, heads, sequence, dim] in and out. mask: which keys a query sees; without one those up to its own place."""
