@@ -38,7 +38,7 @@ _PER_TOKEN = tuple(field.name for field in fields(TrainBatch) if field.name not 
 
 
 @torch.no_grad()
-def joined(output: Outputs, batch: TrainBatch, groups: ParallelGroups) -> Outputs:
+def of_all_tokens(output: Outputs, batch: TrainBatch, groups: ParallelGroups) -> Outputs:
     """What the head returned, per token of the whole micro-batch. `loss` stays that of this rank's tokens."""
     if batch.split is None:
         return output

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
-from megatron_nsr.training.context_parallel import joined
+from megatron_nsr.training.context_parallel import of_all_tokens
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
@@ -60,7 +60,7 @@ class ScheduledModel:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return [joined(output, micro, self.groups) for output, micro in zip(outputs, micro_batches, strict=False)]
+        return [of_all_tokens(output, micro, self.groups) for output, micro in zip(outputs, micro_batches, strict=False)]
 
     def _optimizer_step(self) -> float:
         """Returns the gradient norm. Raises FloatingPointError where it is not finite."""
