@@ -66,11 +66,15 @@ class ModelConfig(Section):
 
 class ParallelConfig(Section):
     tensor: Positive = Field(1, description="tensor-parallel ranks")
+    context: Positive = Field(
+        1, description="context-parallel ranks, which share the tokens of each sequence; a micro-batch's budget is that of all of them"
+    )
     pipeline: Positive = Field(1, description="pipeline stages")
     virtual_pipeline: Positive = Field(1, description="model chunks a pipeline stage (interleaved schedule when above 1)")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel ranks")
     expert: Positive = Field(
-        1, description="ranks over which a layer's experts are spread, out of the tensor- and data-parallel ranks of a pipeline stage"
+        1,
+        description="ranks over which a layer's experts are spread, out of all processes of a pipeline stage",
     )
     distributed_optimizer: bool = Field(False, description="shard optimizer states over data-parallel ranks")
 

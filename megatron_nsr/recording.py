@@ -66,7 +66,8 @@ def announce(config: Config, inputs: Inputs) -> None:
     if distributed.launched_rank() != 0:
         return
     parallel, world = config.parallel, distributed.launched_world_size()
-    sizes = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {world // (parallel.tensor * parallel.pipeline)}"
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    sizes = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data {world // replica}"
     data = [("data.train", inputs.train), *inputs.benchmarks.items()]
     counts = ", ".join(f"{name} {len(p.prompts)} prompts" + (f" ({p.too_long} too long)" if p.too_long else "") for name, p in data if p)
     work = config.objective.name if inputs.train else "evaluate"

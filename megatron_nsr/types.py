@@ -117,10 +117,24 @@ class WeightedSample:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextSplit:
+    """How context-parallel ranks share the tokens of a packed micro-batch out.
+
+    Each sequence is cut into 2 * ranks equal pieces, of which rank r has number r from the start and number r from the end: under a causal
+    mask all ranks have equally much to do. order: int64 [tokens], each rank's tokens in its own order, rank after rank.
+    """
+
+    order: torch.Tensor
+    mine: torch.Tensor  # int64 [tokens / ranks]: this rank's part of `order`
+    response_rows: torch.Tensor  # int64: where in `mine` response tokens stand, ascending
+
+
+@dataclass(frozen=True, slots=True)
 class TrainBatch:
     """One packed micro-batch in `thd` layout: sequences one after another, inputs x[:-1] against targets x[1:].
 
-    All tensors are [tokens]; `cu_seqlens` is int32 [sequences + 1]. Where `scale` is 0 the token is masked.
+    All tensors are [tokens]; `cu_seqlens` is int32 [sequences + 1]. Where `scale` is 0 the token is masked. Context-parallel ranks all hold
+    the whole micro-batch; there each sequence ends in masked tokens that make its length a multiple of 2 * ranks.
     """
 
     tokens: torch.Tensor  # int64
@@ -137,6 +151,7 @@ class TrainBatch:
     reference_logprobs: torch.Tensor | None = None  # float32, of the reference policy; None: there is none
     old_values: torch.Tensor | None = None  # float32, the critic's values before the step's updates
     returns: torch.Tensor | None = None  # float32, what the critic learns
+    split: ContextSplit | None = None  # None: no context parallelism, each rank works on all tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,9 @@ Checked over several fields: `objective.mini_batch_prompts` divides `data.prompt
 `run.steps`, unless that is 0; objectives that compare a prompt's responses with one another need `rollout.samples_per_prompt` of 2
 or more; `rollout.mode=server` needs `rollout.servers`, and
 `rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
-processes (heads that `parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) and what servers say of themselves
-is checked before anything slow starts. `critic` is for `objective.name=ppo` alone: with another objective it is an error to change it.
+processes (heads that `parallel.tensor` must divide, processes that `parallel.tensor` x `context` x `pipeline` must divide, ranks that
+`rollout.tensor_parallel` must divide) and what servers say of themselves is checked before anything slow starts. `critic` is for
+`objective.name=ppo` alone: with another objective it is an error to change it.
 """
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}

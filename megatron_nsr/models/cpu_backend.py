@@ -1,6 +1,6 @@
 """Layers in plain torch for machines without CUDA, through megatron-core 0.16.1's own extension points (module specs).
 
-May import: megatron.core, platform, models.cpu_experts.
+May import: megatron.core, platform, models.context_parallel, models.cpu_experts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -25,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_nsr.models.context_parallel import SplitPacking, all_tokens
 from megatron_nsr.models.cpu_experts import CpuRoutedLayer, experts_spec
 from megatron_nsr.platform import cpu_patches
 
@@ -77,7 +80,8 @@ class _PackedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if packed_seq_params is not None:
-            rotary_pos_emb = rotary_pos_emb[_positions(packed_seq_params.cu_seqlens_q)]
+            positions = _positions(packed_seq_params.cu_seqlens_q)
+            rotary_pos_emb = rotary_pos_emb[_own(positions, packed_seq_params)]
             packed_seq_params = replace(packed_seq_params, qkv_format="sbhd")
         output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
             *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
@@ -91,8 +95,16 @@ def _positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(starts)) - starts
 
 
+def _own(values: torch.Tensor, packing: PackedSeqParams) -> torch.Tensor:
+    """This rank's part of values [tokens]."""
+    return packing.mine(values) if isinstance(packing, SplitPacking) else values
+
+
 class _SdpaAttention(MegatronModule):
-    """megatron-core's core_attention by torch's scaled_dot_product_attention: plain or packed sequences, grouped queries, causal."""
+    """megatron-core's core_attention by torch's scaled_dot_product_attention: plain or packed sequences, grouped queries, causal.
+
+    With context parallelism a rank's queries meet the keys and values of all ranks, which are gathered.
+    """
 
     def __init__(
         self,
@@ -102,15 +114,15 @@ class _SdpaAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_unused: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size != 1:
-            raise ValueError("the cpu backend has no context parallelism; it needs the te backend")
         if attn_mask_type != AttnMaskType.causal:
             raise ValueError(f"the cpu backend has causal attention only, not {attn_mask_type}")
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.context_group: dist.ProcessGroup | None = pg_collection.cp if pg_collection else None
 
     def forward(
         self,
@@ -127,31 +139,32 @@ class _SdpaAttention(MegatronModule):
         `attention_mask` is not read: the mask is causal within each sequence.
         """
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+            return self._packed(query, key, value, packed_seq_params)
         output = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))
         return output.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
-    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def _packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: PackedSeqParams) -> torch.Tensor:
         """One call over right-padded sequences: with a causal mask nobody looks at the padding behind the last token."""
-        lengths = cu_seqlens.diff().long()
-        count, longest = len(lengths), int(lengths.max())
-        offsets = torch.arange(count) * longest - cu_seqlens[:-1].long()
-        index = torch.repeat_interleave(offsets, lengths) + torch.arange(query.size(0))
+        lengths = packing.cu_seqlens_q.diff().long()
+        queries = keys = _PaddedSequences(lengths)
+        mask = None
+        if isinstance(packing, SplitPacking) and packing.split is not None:
+            assert self.context_group is not None
+            key, value = all_tokens(torch.cat((key, value), dim=-1), packing.split, self.context_group).chunk(2, dim=-1)
+            queries = _PaddedSequences(lengths // self.context_group.size())
+            positions = queries.pad(packing.mine(_positions(packing.cu_seqlens_q))[:, None])  # [sequences, longest]
+            mask = positions[:, None, :, None] >= torch.arange(keys.longest)
+        query, key, value = (side.pad(x).transpose(1, 2) for side, x in ((queries, query), (keys, key), (keys, value)))
+        return queries.unpad(self._attend(query, key, value, mask).transpose(1, 2)).flatten(1)[:, None]
 
-        def pad(x: torch.Tensor) -> torch.Tensor:
-            padded = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, index, x)
-            return padded.view(count, longest, *x.shape[2:]).transpose(1, 2)
-
-        output = self._attend(pad(query), pad(key), pad(value))
-        return output.transpose(1, 2).reshape(count * longest, 1, -1).index_select(0, index)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[batch, heads, sequence, dim] in and out."""
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[batch, heads, sequence, dim] in and out. mask: which keys a query sees; without one those up to its own place."""
         return scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
@@ -159,6 +172,25 @@ class _SdpaAttention(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         return {}
+
+
+class _PaddedSequences:
+    """Packed sequences of these lengths as the rows of a rectangle, padded on the right with zeros."""
+
+    def __init__(self, lengths: torch.Tensor) -> None:
+        self.count, self.longest = len(lengths), int(lengths.max())
+        ends = lengths.cumsum(0)
+        offsets = torch.arange(self.count) * self.longest - (ends - lengths)
+        self.index = torch.repeat_interleave(offsets, lengths) + torch.arange(int(ends[-1]))
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, 1, ...] to [sequences, longest, ...]."""
+        padded = x.new_zeros(self.count * self.longest, *x.shape[1:]).index_copy(0, self.index, x)
+        return padded.view(self.count, self.longest, *x.shape[2:])
+
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
+        """[sequences, longest, ...] to [tokens, ...]."""
+        return x.flatten(0, 1).index_select(0, self.index)
 
 
 class _TorchNorm:

@@ -1,6 +1,6 @@
 """The router of a mixture of experts, with a load-balancing loss that does not depend on how sequences are packed.
 
-May import: megatron.core. Both backends build their layers from `RoutedLayer` and `BalancedRouter`.
+May import: megatron.core, models.context_parallel. Both backends build their layers from `RoutedLayer` and `BalancedRouter`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_nsr.models.context_parallel import SplitPacking
+
 
 @dataclass(slots=True)
 class LoadBalancing:
     """The load-balancing loss of one micro-batch.
 
     shares: what each packed sequence counts in the loss, float32 [sequences]; padding counts 0.
+    lengths: each sequence's tokens, int64 [sequences], at least 1; tokens that only fill a sequence up are none of them.
+    sequences: which sequence each token belongs to, int64 [tokens]; tokens that only fill one up belong to number `len(lengths)`.
     gradient: factor of the loss's gradient: the coefficient, times what megatron-core divides gradients by.
-    found: the loss of each layer of this rank that ran, without `gradient`; with sequence parallelism its tokens' part of it.
+    found: the loss of each layer of this rank that ran, without `gradient`; of this rank's tokens only, where others have other tokens.
     """
 
     shares: Tensor
+    lengths: Tensor
+    sequences: Tensor
     gradient: float
     found: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
-class BalancedPacking(PackedSeqParams):
+class BalancedPacking(SplitPacking):
     """Packed sequences of a micro-batch whose routers add a load-balancing loss."""
 
     balancing: LoadBalancing | None = None
@@ -49,23 +55,22 @@ class BalancedRouter(TopKRouter):
         balancing = self.packing.balancing if isinstance(self.packing, BalancedPacking) else None
         if balancing is None or not torch.is_grad_enabled():  # without gradients: the first pass of a layer that is recomputed
             return probs, routing_map
-        losses = self._sequence_losses(logits.flatten(0, -2), routing_map)
+        losses = self._sequence_losses(logits.flatten(0, -2), routing_map, balancing)
         loss = (losses * balancing.shares).sum()
         balancing.found.append(loss.detach())
         return MoEAuxLossAutoScaler.apply(probs, loss * balancing.gradient), routing_map
 
-    def _sequence_losses(self, logits: Tensor, routing_map: Tensor) -> Tensor:
-        """[sequences]; with sequence parallelism the parts of this rank's tokens, which add up to the losses over the ranks."""
-        assert self.packing is not None
-        lengths = self.packing.cu_seqlens_q.diff().long()
-        sequences = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    def _sequence_losses(self, logits: Tensor, routing_map: Tensor, balancing: LoadBalancing) -> Tensor:
+        """[sequences]; where other ranks have other tokens the parts of this rank's, which add up to the losses over the ranks."""
+        assert isinstance(self.packing, BalancedPacking)
+        count, sequences = len(balancing.lengths), self.packing.mine(balancing.sequences)
         if self.config.sequence_parallel:
             sequences = sequences.chunk(self.tp_group.size())[self.tp_group.rank()]
-        chosen = sum_by_sequence(routing_map.float(), sequences, len(lengths))
-        if self.config.sequence_parallel:
-            dist.all_reduce(chosen, group=self.tp_group)
-        scores = sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32), sequences, len(lengths))
-        return load_balancing_losses(scores, chosen, lengths, self.topk)
+        chosen = sum_by_sequence(routing_map.float(), sequences, count + 1)[:count]
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(chosen, group=self.tp_cp_group)
+        scores = sum_by_sequence(logits.softmax(dim=-1, dtype=torch.float32), sequences, count + 1)[:count]
+        return load_balancing_losses(scores, chosen, balancing.lengths, self.topk)
 
 
 def sum_by_sequence(values: Tensor, sequences: Tensor, count: int) -> Tensor:

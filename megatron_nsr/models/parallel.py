@@ -30,16 +30,18 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")
-    if world_size % (tensor * pipeline):
+    replica = tensor * parallel.context * pipeline
+    if world_size % replica:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world_size} "
-            f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {tensor * pipeline}"
+            f"parallel.tensor={tensor}{context} x parallel.pipeline={pipeline} does not divide the {world_size} "
+            f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {replica}"
         )
     _validate_experts(parallel, shape.moe, world_size // pipeline)
 
 
 def _validate_experts(parallel: ParallelConfig, moe: MixtureOfExperts | None, stage_ranks: int) -> None:
-    """stage_ranks: processes that a pipeline stage is spread over, tensor- and data-parallel ranks together."""
+    """stage_ranks: processes that a pipeline stage is spread over: tensor-, context- and data-parallel ranks."""
     if moe is None:
         if parallel.expert > 1:
             raise UserError(f"parallel.expert={parallel.expert}: the model has no experts; it must be 1")
@@ -65,6 +67,7 @@ def initialize_parallel(parallel: ParallelConfig, shape: ModelShape, world_size:
         cpu_patches.install()  # the random states below are the CPU generator's
     sizes = {
         "tensor_model_parallel_size": parallel.tensor,
+        "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         "expert_model_parallel_size": parallel.expert,

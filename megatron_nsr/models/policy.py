@@ -172,6 +172,7 @@ def transformer_config(
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor,
+        "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "sequence_parallel": parallel.sequence,
     }

@@ -45,6 +45,7 @@ class TransformerEngineBackend:
             "apply_rope_fusion": True,
             "deallocate_pipeline_outputs": True,
             "moe_grouped_gemm": True,  # read only where there are experts
+            "cp_comm_type": "p2p",  # read only with context parallelism; keys and values go round the ranks while attention runs
         }
 
     def block_spec(self, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

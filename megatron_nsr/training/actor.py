@@ -20,6 +20,7 @@ from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import LoadBalancing
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss
+from megatron_nsr.training.context_parallel import TokenLoss, on_whole_sequences, own_part
 from megatron_nsr.training.load_balancing import aux_loss_metric, balance_mini_batch
 from megatron_nsr.training.measurements import TokenSums, measure, measure_update, measured_metrics, update_metrics
 from megatron_nsr.training.optimizer import set_learning_rate
@@ -28,7 +29,7 @@ from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.training.reference import ReferenceWeights
 from megatron_nsr.training.scheduled_model import MicroBatches, ScheduledModel
 from megatron_nsr.training.sign_probe import Gradients, compare_gradients, copied, main_gradients
-from megatron_nsr.types import Trajectory, WeightedSample
+from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
 HeadWork = tuple[HeadInputs, LossTerms]  # what the model hands to its head as labels
 
@@ -144,7 +145,8 @@ class Actor(ScheduledModel):
 
     def score(self, micro_batches: MicroBatches, *, entropy: bool = True) -> list[HeadOutputs]:
         """Forward only: log-probs and entropy of each micro-batch, on last pipeline stages; elsewhere an empty list."""
-        inputs = [HeadInputs(micro.targets, rows=micro.response_rows, measure_entropy=entropy) for micro in micro_batches]
+        parts = [own_part(micro) for micro in micro_batches]
+        inputs = [HeadInputs(part.targets, rows=part.response_rows, measure_entropy=entropy) for part in parts]
         with torch.no_grad():
             return self._run(micro_batches, inputs, forward_only=True)
 
@@ -157,6 +159,8 @@ class Actor(ScheduledModel):
             data_parallel_size=self.groups.data_size,
             count_multiple=self._count_multiple,
             token_multiple=self._token_multiple,
+            context_rank=self.groups.context_rank,
+            context_size=self.groups.context_size,
             in_step=self._in_step,
             device=self.groups.device,
         )
@@ -196,25 +200,30 @@ class Actor(ScheduledModel):
         """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
         self._zero_gradients()
         count = len(micro_batches)
-        # The schedule divides the loss by the micro-batches and may scale it; the head forms its gradient before that happens.
-        loss_gradient = float(self.optimizer.get_loss_scale()) / count
+        # The schedule multiplies the loss by the context-parallel ranks, divides it by the micro-batches and may scale it; the head forms
+        # its gradient before that happens.
+        loss_gradient = float(self.optimizer.get_loss_scale()) * self.groups.context_size / count
         inputs = [
             HeadInputs(
-                micro.targets,
-                micro.weights,
-                micro.scale,
-                micro.old_logprobs,
-                micro.reference_logprobs,
-                rollout_logprobs=micro.rollout_logprobs,
-                rows=micro.response_rows,
-                own_loss=partial(self.own_loss.token_loss, batch=micro) if self.own_loss else None,
-                gradient_scale=float(count * self.groups.data_size),  # the data-parallel wrapper divides by its ranks
+                part.targets,
+                part.weights,
+                part.scale,
+                part.old_logprobs,
+                part.reference_logprobs,
+                rollout_logprobs=part.rollout_logprobs,
+                rows=part.response_rows,
+                own_loss=self._own_loss_of(micro),
+                # The data-parallel wrapper divides by its ranks, those of context parallelism among them.
+                gradient_scale=float(count * self.groups.data_size),
                 loss_gradient=loss_gradient,
                 sign_norms=sign_norms,
             )
-            for micro in micro_batches
+            for micro, part in zip(micro_batches, map(own_part, micro_batches), strict=True)
         ]
         return self._run(micro_batches, inputs, terms=terms, balancing=balancing, forward_only=False)
+
+    def _own_loss_of(self, micro: TrainBatch) -> TokenLoss | None:
+        return on_whole_sequences(partial(self.own_loss.token_loss, batch=micro), micro, self.groups) if self.own_loss else None
 
     def _run(
         self,

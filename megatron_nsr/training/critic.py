@@ -15,6 +15,7 @@ import torch
 from megatron_nsr.config import CriticConfig
 from megatron_nsr.losses.value_head import ValueInputs, ValueOutputs
 from megatron_nsr.models.backends import Backend
+from megatron_nsr.training.context_parallel import own_part
 from megatron_nsr.training.critic_metrics import critic_metrics, measure_critic
 from megatron_nsr.training.optimizer import set_learning_rate
 from megatron_nsr.training.parallel_groups import ParallelGroups
@@ -49,7 +50,7 @@ class Critic(ScheduledModel):
         if not flat:
             return ()
         with torch.no_grad():
-            outputs = self._run_schedule(flat, [ValueInputs(micro.response_rows) for micro in flat], forward_only=True)
+            outputs = self._run_schedule(flat, [ValueInputs(own_part(micro).response_rows) for micro in flat], forward_only=True)
         judged = [self._with_advantages(micro, output.values) for micro, output in zip(flat, outputs, strict=False)]
         if self.settings.whiten_advantages:
             judged = whiten(judged, self.groups)
@@ -82,10 +83,12 @@ class Critic(ScheduledModel):
     def _forward_backward(self, micro_batches: MicroBatches) -> list[ValueOutputs]:
         """Leaves the mini-batch's gradient, summed over all ranks that have a part of it, in the gradient buffers."""
         self._zero_gradients()
-        # The schedule divides the loss by the micro-batches, the data-parallel wrapper the gradient by its ranks.
+        # The schedule divides the loss by the micro-batches, the data-parallel wrapper the gradient by its ranks; what one does for
+        # context parallelism the other undoes.
         gradient_scale = float(len(micro_batches) * self.groups.data_size)
         clip = self.settings.value_clip
-        inputs = [ValueInputs(m.response_rows, m.returns, m.old_values, m.scale, clip, gradient_scale) for m in micro_batches]
+        parts = [own_part(micro) for micro in micro_batches]
+        inputs = [ValueInputs(p.response_rows, p.returns, p.old_values, p.scale, clip, gradient_scale) for p in parts]
         return self._run_schedule(micro_batches, inputs, forward_only=False)
 
 

@@ -20,17 +20,24 @@ def balance_mini_batch(micro_batches: Sequence[TrainBatch], coefficient: float, 
     The loss is the mean over the mini-batch's sequences, prompts included, on all data-parallel ranks, summed over layers, so that
     it does not depend on the layout or on how sequences are packed.
     """
-    real = [real_sequences(batch) for batch in micro_batches]
-    total = groups.sum_over_last_stages(torch.tensor([sum(int(mask.sum()) for mask in real)], dtype=torch.float64))
+    real = [real_tokens(batch) for batch in micro_batches]
+    counts = [int((lengths > 0).sum()) for lengths, _ in real]
+    total = float(groups.sum_over_last_stages(torch.tensor([sum(counts)], dtype=torch.float64)))
     gradient = coefficient * len(micro_batches) * groups.data_size
-    return [LoadBalancing(mask.float() / float(total), gradient) for mask in real]
+    return [LoadBalancing((lengths > 0).float() / total, lengths.clamp(min=1), sequences, gradient) for lengths, sequences in real]
 
 
-def real_sequences(batch: TrainBatch) -> torch.Tensor:
-    """bool [sequences]: all but padding, which has no response."""
-    lengths = batch.cu_seqlens.diff().long()
-    sequences = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    return torch.zeros(len(lengths), device=lengths.device).index_add_(0, sequences, batch.response_mask.float()) > 0
+def real_tokens(batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence's tokens, int64 [sequences], and the number of each token's sequence, int64 [tokens], of what is not padding.
+
+    A sequence ends with its response, and what fills it up comes after that; padding of its own has no response, and no tokens then.
+    Tokens of padding have the number of sequences in place of a sequence's number.
+    """
+    filled = batch.cu_seqlens.diff().long()
+    sequences = torch.repeat_interleave(torch.arange(len(filled), device=filled.device), filled)
+    ends = torch.where(batch.response_mask, batch.positions + 1, 0)
+    lengths = torch.zeros_like(filled).scatter_reduce(0, sequences, ends, "amax")
+    return lengths, torch.where(batch.positions < lengths[sequences], sequences, len(filled))
 
 
 def aux_loss_metric(updates: Sequence[Sequence[LoadBalancing]], layers: int, groups: ParallelGroups) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A model that trains under megatron-core's pipeline schedule: packed micro-batches through its chunks, and optimizer steps.
 
-May import: types, models, training.parallel_groups, megatron-core. The policy (actor.py) and the critic (critic.py) are such models.
+May import: types, models, training.context_parallel, training.parallel_groups, megatron-core. The policy (actor.py) and the critic
+(critic.py) are such models.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
+from megatron_nsr.training.context_parallel import of_all_tokens
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
@@ -41,7 +43,10 @@ class ScheduledModel:
         balancing: Sequence[LoadBalancing] | None = None,
         forward_only: bool,
     ) -> list[Any]:
-        """The head's outputs for each micro-batch, on last pipeline stages; elsewhere an empty list. Their `loss` is what is minimised."""
+        """The head's outputs for each micro-batch, on last pipeline stages; elsewhere an empty list. Their `loss` is what is minimised.
+
+        labels: of this rank's tokens (`own_part`); the outputs are of all tokens.
+        """
         balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
         work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
         several = len(self.wrapped) > 1
@@ -55,7 +60,7 @@ class ScheduledModel:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-        return list(outputs)
+        return [of_all_tokens(output, micro, self.groups) for output, micro in zip(outputs, micro_batches, strict=False)]
 
     def _optimizer_step(self) -> float:
         """Returns the gradient norm. Raises FloatingPointError where it is not finite."""
@@ -75,7 +80,12 @@ def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[Any]
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        # Transformer Engine's context parallelism asks for them, and takes what fills sequences up for tokens like others.
+        cu_seqlens_q_padded=None if batch.split is None else batch.cu_seqlens,
+        cu_seqlens_kv_padded=None if batch.split is None else batch.cu_seqlens,
+        split=batch.split,
         balancing=balancing,
     )
-    output = model(batch.tokens[None], batch.positions[None], None, labels=labels, packed_seq_params=packing)
+    tokens, positions = packing.mine(batch.tokens), packing.mine(batch.positions)
+    output = model(tokens[None], positions[None], None, labels=labels, packed_seq_params=packing)
     return output, lambda head: (head.loss, head)

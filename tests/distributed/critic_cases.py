@@ -24,7 +24,15 @@ from tests.distributed.training_cases import PROMPTS, make_folder, recorded_step
 
 LAYOUTS = training_cases.LAYOUTS | {"tp2_sp_dp2_ep2": {"tensor": 2, "sequence": True, "expert": 2}}
 # layout/model on four ranks: those that a layout leaves over are data-parallel. The last ones also write a checkpoint.
-TRAINED = ["tp2/tied", "pp2/untied", "dp2_distributed/tied", "tp2_sp_dp2_distributed_recompute/tied", "tp2_sp_dp2_ep2/experts"]
+TRAINED = [
+    "tp2/tied",
+    "pp2/untied",
+    "dp2_distributed/tied",
+    "tp2_sp_dp2_distributed_recompute/tied",
+    "tp2_sp_dp2_ep2/experts",
+    "tp2_sp_cp2/untied",
+    "cp2_pp2/tied",
+]
 SAVED = ["tp2_pp2/tied", "tp2_sp_dp2/untied", "pp2_vpp2_dp2_distributed/tied"]
 CASES = [*TRAINED, *SAVED]
 # (case that wrote a checkpoint, layout that continues it) on four ranks, and on one.

@@ -29,6 +29,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "ep2": {"expert": 2},
         "ep2_small_micro_batches": {"expert": 2, "tokens_per_micro_batch": 24},
         "ep2_recompute_distributed_optimizer": {"expert": 2, "recompute": "full", "distributed_optimizer": True},
+        "cp2": {"context": 2},
         "tp2_sp": {"tensor": 2, "sequence": True},
         "tp2_sp_ep2": {"tensor": 2, "sequence": True, "expert": 2},
         "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
@@ -40,6 +41,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "tp2_sp_dp2_ep4": {"tensor": 2, "sequence": True, "expert": 4},
         "tp2_sp_dp2_ep2_distributed_optimizer": {"tensor": 2, "sequence": True, "expert": 2, "distributed_optimizer": True},
         "tp2_sp_pp2_ep2": {"tensor": 2, "sequence": True, "pipeline": 2, "expert": 2},
+        "tp2_sp_cp2_ep4": {"tensor": 2, "sequence": True, "context": 2, "expert": 4},
+        "cp2_dp2_ep2_recompute_distributed_optimizer": {"context": 2, "expert": 2, "recompute": "full", "distributed_optimizer": True},
     },
 }
 FIELDS = {layout: {"router_aux_loss": 0.01} | fields for layouts in LAYOUTS.values() for layout, fields in layouts.items()}

@@ -13,7 +13,7 @@ import transformers
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.distributed.launcher import run_cases
-from tests.distributed.training_cases import CASES, DETOURS, HELDOUT, MOVES, SIGNS
+from tests.distributed.training_cases import CASES, DETOURS, HELDOUT, MOVES, OWN_LOSS, SIGNS
 from tests.plain_entropy import plain_entropy, random_responses
 from tests.tiny_models import write_tiny_model
 
@@ -105,6 +105,15 @@ def test_the_gradients_of_psr_and_nsr_add_up_to_that_of_reinforce(results: dict[
     found = results[f"signs/{case}"]
     assert found["error"] < 1e-5
     assert found["clip_fraction_psr"] > 0 and found["clip_fraction_nsr"] > 0
+
+
+def test_a_loss_of_whole_sequences_is_that_of_one_rank_where_ranks_share_them(results: dict[str, Any], out: Path) -> None:
+    one, split = OWN_LOSS.values()
+    got, want = results[f"own/{split}"], results[f"own/{one}"]
+    assert got.keys() == want.keys() and want["policy/updates"] == 2 and want["policy/loss_nsr"] != 0
+    for name in want:
+        assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
+    close(torch.load(out / "own" / split / "weights.pt"), torch.load(out / "own" / one / "weights.pt"))
 
 
 @pytest.mark.parametrize("case", EVERY)

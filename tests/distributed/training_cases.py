@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from examples.own_objective import SequenceRatio
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.backends import choose_backend
@@ -37,22 +38,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
     "tp2_sp_dp2": {"tensor": 2, "sequence": True},
     "tp2_sp_dp2_distributed_recompute": {"tensor": 2, "sequence": True, "distributed_optimizer": True, "recompute": "full"},
     "pp2_vpp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
     "pp2_vpp2_dp2_distributed": {"pipeline": 2, "virtual_pipeline": 2, "distributed_optimizer": True},
+    "cp4": {"context": 4},
+    "tp2_sp_cp2": {"tensor": 2, "sequence": True, "context": 2},
+    "cp2_pp2": {"context": 2, "pipeline": 2},
+    "cp2_pp2_vpp2_selective": {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "recompute": "selective"},
+    "cp2_dp2_distributed_recompute": {"context": 2, "distributed_optimizer": True, "recompute": "full"},
 }
 # layout/model by world size: every kind of parallelism meets tied and untied embeddings.
 CASES: dict[int, list[str]] = {
     1: ["one/tied", "one/untied", "one_recompute/tied", "one_selective/untied", "one_small_micro_batches/tied"],
-    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied"],
+    2: ["dp2/tied", "dp2_distributed/untied", "tp2/untied", "tp2_sp/tied", "pp2/untied", "pp2_vpp2/tied", "cp2/tied"],
     4: [
         "tp2_pp2/tied",
         "tp2_sp_dp2/untied",
         "tp2_sp_dp2_distributed_recompute/tied",
         "pp2_vpp2_dp2/untied",
         "pp2_vpp2_dp2_distributed/tied",
+        "cp4/untied",
+        "tp2_sp_cp2/untied",
+        "cp2_pp2/tied",
+        "cp2_pp2_vpp2_selective/untied",
+        "cp2_dp2_distributed_recompute/tied",
     ],
 }
 # (case that wrote a checkpoint, layout that continues it), by world size. The worlds run in the order 4, 1, 2.
@@ -61,19 +73,27 @@ MOVES: dict[int, list[tuple[str, str]]] = {
         ("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2_distributed_recompute"),
         ("tp2_sp_dp2_distributed_recompute/tied", "pp2_vpp2_dp2"),
         ("tp2_pp2/tied", "pp2_vpp2_dp2_distributed"),
+        ("tp2_pp2/tied", "cp2_dp2_distributed_recompute"),
     ],
-    1: [("pp2_vpp2_dp2_distributed/tied", "one"), ("tp2_sp_dp2/untied", "one")],
+    1: [("pp2_vpp2_dp2_distributed/tied", "one"), ("tp2_sp_dp2/untied", "one"), ("cp2_dp2_distributed_recompute/tied", "one")],
     2: [
         ("one/untied", "dp2_distributed"),
         ("one/tied", "tp2_sp"),
         ("pp2_vpp2_dp2_distributed/tied", "pp2"),
         ("pp2_vpp2_dp2/untied", "tp2"),
+        ("tp2_sp_cp2/untied", "cp2"),
     ],
 }
 # (case that wrote a bf16 checkpoint, layout that reads and writes it again), on 4 ranks
-DETOURS = [("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"), ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed")]
+DETOURS = [
+    ("pp2_vpp2_dp2_distributed/tied", "tp2_sp_dp2"),
+    ("tp2_pp2/untied", "pp2_vpp2_dp2_distributed"),
+    ("cp2_dp2_distributed_recompute/tied", "tp2_sp_cp2"),
+]
 # By world size: where the gradients of PSR and NSR are compared with that of REINFORCE.
 SIGNS: dict[int, str] = {1: "one/tied", 2: "dp2_distributed/untied", 4: "pp2_vpp2_dp2_distributed/tied"}
+# By world size: where a loss that looks at whole sequences trains.
+OWN_LOSS: dict[int, str] = {1: "one/tied", 4: "tp2_sp_cp2/tied"}
 PROMPTS, SAMPLES = 4, 3
 HELDOUT = [(3, 5), (1, 1), (12, 2), (2, 40), (5, 5), (7, 1), (4, 16)]  # prompt and response tokens
 VERDICTS = (Verdict(Outcome.CORRECT, Reason.MATCH), Verdict(Outcome.WRONG, Reason.MISMATCH), Verdict(Outcome.NONE, Reason.TIMEOUT))
@@ -168,6 +188,19 @@ def run_layout(model: Path, fields: dict[str, Any], folder: Path, dtype: str = "
     }
 
 
+def train_with_own_loss(model: Path, fields: dict[str, Any], weights: Path) -> dict[str, float]:
+    """A step with an objective's own loss, a ratio of whole responses; the weights after it go to the file `weights`."""
+    config, shape = config_of(model, dict(fields)), read_model_shape(str(model))
+    gc.collect()
+    actor = build_actor(config, shape, choose_backend("cpu"), own_loss=SequenceRatio())
+    metrics = train(actor, config, shape.vocab_size, 1)
+    after = updated_weights(actor, shape)
+    make_folder(weights.parent)
+    if distributed.rank() == 0:
+        torch.save(after, weights)
+    return metrics
+
+
 def compare_signs(model: Path, fields: dict[str, Any]) -> dict[str, float]:
     """|g_PSR + g_NSR - g_REINFORCE| / |g_REINFORCE| of the main gradients over all ranks, and the clip fractions behind them.
 
@@ -241,6 +274,9 @@ def find(models: Path, out: Path) -> dict[str, Any]:
         found[f"{case}-{layout}"] = resume(models / case.split("/")[1], LAYOUTS[layout], out / case / "checkpoints", weights)
     layout, model = SIGNS[world].split("/")
     found[f"signs/{SIGNS[world]}"] = compare_signs(models / model, LAYOUTS[layout] | {"gradient_clip": 1e9})
+    if world in OWN_LOSS:
+        layout, model = OWN_LOSS[world].split("/")
+        found[f"own/{OWN_LOSS[world]}"] = train_with_own_loss(models / model, LAYOUTS[layout], out / "own" / OWN_LOSS[world] / "weights.pt")
     for case, detour in DETOURS if world == 4 else ():
         layout, model = case.split("/")
         found[f"bf16/{case}"] = take_detour(models / model, layout, detour, out / "bf16" / case)

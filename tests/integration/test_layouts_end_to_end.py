@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.integration.small_run import REPOSITORY, Small, finished, start, stat
 
 LAYOUTS = {
     "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true", "rollout.tensor_parallel=2"]),
+    "context": (2, ["parallel.context=2"]),
     "pipeline": (2, ["parallel.pipeline=2"]),
     "virtual_pipeline": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "tensor_pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
@@ -138,6 +140,10 @@ def test_a_layout_trains_as_one_process_does(small: Small, undisturbed: Callable
     finished(start(small.nsr(tmp_path / "run", "run.steps=2", *overrides), tmp_path / "log", ranks=ranks), 0)
     check_complete(tmp_path / "run", 2)
     same_first_step(tmp_path / "run", undisturbed(1))
+    (engines,) = {step["rollout/engines"] for step in values(tmp_path / "run")}
+    assert engines == (1 if layout == "tensor" else ranks)  # each with prompts of its own, whatever the ranks share in training
+    drawn = Counter(sample.prompt_id for sample in read_samples(RunDirectory(tmp_path / "run").samples(2)))
+    assert len(drawn) == 16 and set(drawn.values()) == {4}
 
 
 def same_first_step(run: Path, reference: Path) -> None:

@@ -112,7 +112,7 @@ def test_the_load_balancing_gradient_reaches_the_routers_and_what_feeds_them_as_
     write_tiny_model(tmp_path, "qwen3_moe", tied=False, layers=1)
     tokens, targets = torch.randint(0, 101, (2, 30), generator=torch.Generator().manual_seed(3))
     gradients, inputs = [], []
-    balancing = LoadBalancing(torch.ones(1), gradient=0.7)
+    balancing = LoadBalancing(torch.ones(1), torch.tensor([30]), torch.zeros(30, dtype=torch.int64), gradient=0.7)
     for choice in (None, balancing):
         chunk = build(tmp_path, backend)
         router = chunk.decoder.layers[0].mlp.router

@@ -37,6 +37,7 @@ SHAPE = ModelShape(
         ({"tensor": 4}, 4, "parallel.tensor=4 does not divide num_key_value_heads=2"),
         ({"tensor": 2, "pipeline": 2}, 6, "parallel.tensor=2 x parallel.pipeline=2 does not divide the 6 processes of this run"),
         ({"tensor": 2}, 1, "does not divide the 1 process of this run; start a multiple of 2"),
+        ({"tensor": 2, "context": 3}, 8, "parallel.tensor=2 x parallel.context=3 x parallel.pipeline=1 does not divide the 8 processes"),
         ({"pipeline": 3}, 3, "parallel.pipeline=3 does not divide num_hidden_layers=4"),
         (
             {"pipeline": 2, "virtual_pipeline": 4},
@@ -52,7 +53,15 @@ def test_an_impossible_layout_is_named(fields: dict[str, Any], world_size: int, 
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"tensor": 2}, {"pipeline": 4}, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}]
+    "fields",
+    [
+        {},
+        {"tensor": 2},
+        {"context": 8},
+        {"tensor": 2, "context": 2, "pipeline": 2},
+        {"pipeline": 4},
+        {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True},
+    ],
 )
 def test_a_possible_layout_passes(fields: dict[str, Any]) -> None:
     validate_layout(ParallelConfig(**fields), SHAPE, 8)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
-from megatron_nsr.training.packing import balance, pack, pack_micro_batches, sequence_tokens, split_by_budget
+from megatron_nsr.training.packing import balance, context_order, pack, pack_micro_batches, sequence_tokens, split_by_budget
 from megatron_nsr.types import Trajectory, WeightedSample
 
 SIZES = st.lists(st.integers(1, 40), min_size=0, max_size=30)
@@ -63,3 +64,40 @@ def test_data_parallel_ranks_share_every_token_once(sizes: list[int], ranks: int
 def test_an_empty_micro_batch_is_one_masked_token() -> None:
     (batch,) = pack_micro_batches([], budget=10)
     assert batch.tokens.tolist() == [0] and not batch.response_mask.any() and torch.equal(batch.scale, torch.zeros(1))
+
+
+@given(SIZES.filter(bool), st.integers(2, 4), st.integers(1, 3))
+def test_context_parallel_ranks_share_every_sequence_evenly(sizes: list[int], ranks: int, token_multiple: int) -> None:
+    batches = [pack([sample(size) for size in sizes], token_multiple, context_rank=r, context_size=ranks) for r in range(ranks)]
+    whole, lengths = pack([sample(size) for size in sizes]), batches[0].cu_seqlens.diff()
+    assert (lengths % (2 * ranks) == 0).all() and batches[0].max_seqlen == lengths.max()
+    for batch in batches:
+        assert torch.equal(batch.targets[batch.response_rows], whole.targets[whole.response_rows])  # nothing is lost or moved
+        assert batch.scale.sum() == whole.scale.sum()
+        assert batch.split is not None and torch.equal(batch.split.order, batches[0].split.order)
+        assert len(batch.split.mine) * ranks == len(batch.tokens) and len(batch.split.mine) % token_multiple == 0
+        assert torch.equal(batch.split.mine[batch.split.response_rows], batch.split.mine[batch.response_mask[batch.split.mine]])
+    assert torch.equal(torch.cat([batch.split.mine for batch in batches]), batches[0].split.order)
+    assert batches[0].split.order.sort().values.tolist() == list(range(len(batches[0].tokens)))
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(2, 4))
+def test_tokens_are_shared_as_megatron_core_s_rotary_embedding_expects(pieces: list[int], ranks: int) -> None:
+    lengths = torch.tensor(pieces) * 2 * ranks
+    positions = torch.cat([torch.arange(int(length)) for length in lengths])
+    order = context_order(lengths, positions, ranks).chunk(ranks)
+    for rank in range(ranks):
+        expected = [_get_thd_freqs_on_this_cp_rank(rank, ranks, torch.empty(int(n) // ranks), torch.arange(int(n))) for n in lengths]
+        assert torch.equal(positions[order[rank]], torch.cat(expected))
+
+
+def test_an_empty_micro_batch_of_context_parallel_ranks_gives_each_of_them_tokens() -> None:
+    (batch,) = pack_micro_batches([], budget=10, token_multiple=2, context_rank=1, context_size=2)
+    assert batch.split is not None and len(batch.split.mine) == 2 and not len(batch.split.response_rows) and not batch.scale.any()
+
+
+def test_the_budget_counts_what_fills_sequences_up() -> None:
+    """Two sequences of 5 tokens fit into 10, but not once each is filled up to 8."""
+    samples = [sample(3), sample(3)]
+    assert len(pack_micro_batches(samples, budget=10)) == 1
+    assert len(pack_micro_batches(samples, budget=10, context_size=2)) == 2
