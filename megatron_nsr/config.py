@@ -102,6 +102,11 @@ class RolloutConfig(Section):
     kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
+    sleep_level: Annotated[int, Field(ge=0, le=2)] = Field(
+        0,
+        description="what a colocated engine gives back while the policy trains, CUDA only: 0 nothing; 1 the KV cache, and its weights go "
+        "to host memory; 2 both are dropped, and the push brings the weights",
+    )
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB; a rank holds up to two")
     verify_push: Literal["always", "first", "never"] = Field(
         "first", description="pushes after which what the engine holds is compared with the policy; first: each process's first"
@@ -205,6 +210,11 @@ class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what goes to host memory while a colocated engine samples: nothing, main weights and Adam's moments, or the policy's "
+        "parameters too; unless none, gradient buffers are freed",
     )
     head_chunk_tokens: Positive | None = Field(
         None,
@@ -315,6 +325,7 @@ class Config(Section):
             )
         check_objective(objective.model_dump(by_alias=True), _defaults(ObjectiveConfig))
         self._consistent_servers()
+        self._consistent_memory()
         self._consistent_critic()
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
@@ -343,6 +354,15 @@ class Config(Section):
                 f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}; "
                 f"critic.mini_batch_prompts={prompts} makes one update a mini-batch of the policy"
             )
+
+    def _consistent_memory(self) -> None:
+        for field, value in (("training.offload", self.training.offload), ("rollout.sleep_level", self.rollout.sleep_level)):
+            if value in ("none", 0):
+                continue
+            if self.rollout.mode == "server":
+                raise ValueError(f"{field}={value} needs rollout.mode=colocated: servers share no GPU with the policy")
+            if self.objective.name == "supervised":
+                raise ValueError(f"{field}={value}: objective.name=supervised samples nothing between its updates")
 
     def _consistent_servers(self) -> None:
         rollout, correction = self.rollout, self.objective.rollout_correction

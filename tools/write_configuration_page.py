@@ -37,7 +37,8 @@ A field of `objective` that the objective does not read is an error unless it ha
 Checked over several fields: `objective.mini_batch_prompts` divides `data.prompts_per_step` (supervised runs apart);
 `parallel.virtual_pipeline` above 1 needs `parallel.pipeline` above 1; `parallel.sequence` needs `parallel.tensor` above 1;
 `optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `rollout.mode=server` needs `rollout.servers`, and
-`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
+`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`; `training.offload` and `rollout.sleep_level` are for a
+colocated engine and no supervised run. What depends on the model or the number of
 processes (heads that `parallel.tensor` must divide, ranks that `rollout.tensor_parallel` must divide) and what servers say of themselves
 is checked before anything slow starts. `critic` is for `objective.name=ppo` alone: with another objective it is an error to change it.
 """

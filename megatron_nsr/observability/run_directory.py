@@ -33,6 +33,7 @@ MAY_CHANGE = frozenset(
         "rollout.push_bucket_mib",
         "rollout.verify_push",
         "rollout.enforce_eager",
+        "rollout.sleep_level",
         "rollout.tensor_parallel",
         "rollout.max_logprob_gap",
         "reward.workers",

@@ -1,6 +1,7 @@
 """A model that trains under megatron-core's pipeline schedule: packed micro-batches through its chunks, and optimizer steps.
 
-May import: types, models, training.parallel_groups, megatron-core. The policy (actor.py) and the critic (critic.py) are such models.
+The policy (actor.py) and the critic (critic.py) are such models. May import: types, models, platform, training.parallel_groups,
+megatron-core.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
+from megatron_nsr.platform.host_memory import require_present
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
 
@@ -28,6 +30,7 @@ class ScheduledModel:
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
 
     def _zero_gradients(self) -> None:
+        require_present((parameter.main_grad for chunk in self.chunks for parameter in chunk.parameters()), "gradient buffers")
         with self.backend.phase():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
@@ -42,6 +45,7 @@ class ScheduledModel:
         forward_only: bool,
     ) -> list[Any]:
         """The head's outputs for each micro-batch, on last pipeline stages; elsewhere an empty list. Their `loss` is what is minimised."""
+        require_present((parameter for chunk in self.chunks for parameter in chunk.parameters()), "the model's weights")
         balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
         work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
         several = len(self.wrapped) > 1
