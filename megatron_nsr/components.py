@@ -33,7 +33,7 @@ from megatron_nsr.rollout.vllm_engine import VllmEngine
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.critic import Critic
 from megatron_nsr.training.offload import Offload
-from megatron_nsr.training.setup import build_actor, build_critic, require_weights, training_temperature
+from megatron_nsr.training.setup import build_actor, build_critic, check_transformer, require_weights, training_temperature
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.checksums import policy_checksums
 from megatron_nsr.weights.gathering import execute_push_plan, plan_for
@@ -63,6 +63,8 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     validate_layout(config.parallel, shape, world_size)
     if config.objective.router_aux_loss and shape.moe is None:
         raise UserError(f"objective.router_aux_loss={config.objective.router_aux_loss}: the model has no experts; it must be 0")
+    backend = choose_backend(config.model.backend)
+    check_transformer(config, shape, backend)
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
@@ -99,7 +101,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     return Inputs(
         shape=shape,
         tokenizer=tokenizer,
-        backend=choose_backend(config.model.backend),
+        backend=backend,
         train=train,
         sampler=sampler,
         benchmarks=benchmarks,

@@ -50,6 +50,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32"
     )
+    transformer: dict[str, bool | int | float | str | list[str]] = Field(
+        default_factory=dict,
+        description="fields of megatron-core's TransformerConfig that change memory or speed alone, such as {recompute_modules: [mlp]}; "
+        "which they are is in training.md",
+    )
     head_fp8: bool = Field(
         False, description="the LM head's logits from sides rounded to FP8 (e4m3); what that does to log-probs is in fused-head.md"
     )

@@ -35,16 +35,23 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def config_of(
-    model: Path, *, dtype: str = "float32", distributed_optimizer: bool = False, logging: dict[str, Any] | None = None, **objective: Any
+    model: Path,
+    *,
+    dtype: str = "float32",
+    distributed_optimizer: bool = False,
+    recompute: str = "none",
+    transformer: dict[str, Any] | None = None,
+    logging: dict[str, Any] | None = None,
+    **objective: Any,
 ) -> Config:
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 1},
-            "model": {"path": str(model), "dtype": dtype},
+            "model": {"path": str(model), "dtype": dtype, "transformer": transformer or {}},
             "data": {"template": "plain", "prompts_per_step": 1},
             "objective": {"name": "reinforce", "mini_batch_prompts": 1, "entropy_coefficient": 0.01} | objective,
             "parallel": {"distributed_optimizer": distributed_optimizer},
-            "training": {"tokens_per_micro_batch": 24},
+            "training": {"tokens_per_micro_batch": 24, "recompute": recompute},
             "logging": logging or {},
         }
     )
