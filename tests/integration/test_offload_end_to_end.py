@@ -15,6 +15,6 @@ def test_a_run_with_offload_is_the_same_bit_for_bit_also_resumed(small: Small, u
     finished(start(small.nsr(run, "run.steps=10", offload), tmp_path / "resumed.log"), 0)
     plain = undisturbed(1)
     got, want = values(run), values(plain)
-    assert [step.items() - other.items() for step, other in zip(got[3:], want[3:], strict=True)] == [set()] * 7
+    assert got[3:] == want[3:]  # the third step ended a run, with an evaluation
     assert (run / "hf" / "model.safetensors").read_bytes() == (plain / "hf" / "model.safetensors").read_bytes()
     assert all(step["time/offload_s"] > 0 for step in read_metrics(run / "metrics.jsonl"))

@@ -50,6 +50,12 @@ def test_every_field_of_the_installed_megatron_core_is_judged_once() -> None:
     assert judged.keys() == {field.name for field in dataclasses.fields(TransformerConfig)}
 
 
+def test_the_documentation_lists_what_may_be_set() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    listed = [f"| `{name}` | {meaning} |" for name, meaning in ALLOWED.items()]
+    assert "\n".join(listed) in page
+
+
 def test_what_this_project_sets_is_not_the_users_to_set(shape: ModelShape) -> None:
     parallel = ParallelConfig(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, expert=2)
     ours = policy._own_fields(shape, parallel, torch.bfloat16, choose_backend("cpu"))

@@ -44,6 +44,7 @@ def test_a_new_run_holds_the_config_it_was_given(tmp_path: Path) -> None:
         {"training": {"tokens_per_micro_batch": 512}},
         {"rollout": {"max_num_seqs": 8, "kv_cache_mib": 64, "gpu_memory_utilization": 0.3, "push_bucket_mib": 1}},
         {"rollout": {"enforce_eager": True, "sleep_level": 1, "tensor_parallel": 2, "max_logprob_gap": 0.5}},
+        {"model": {"transformer": {"recompute_modules": ["mlp"]}}},
         {"reward": {"workers": 3, "timeout_s": 1.0, "memory_limit_mib": 512, "cache_size": 0}},
     ],
     ids=lambda sections: "-".join(sections),
