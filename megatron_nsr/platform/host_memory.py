@@ -12,7 +12,8 @@ class HostMemory:
 
     Whole storages move, so that views of one (parameters in a flat buffer, a rank's shard of a parameter) stay what they are. In between
     the tensors keep their shapes and must not be read: `require_present`. Host memory is pinned where a GPU reads it, and kept for the
-    next time, because pinning takes longer than copying. On a CPU the values move within host memory.
+    next time, because pinning takes longer than copying; torch may round a pinned block up to a power of two. On a CPU the values move
+    within host memory.
     """
 
     def __init__(self) -> None:
