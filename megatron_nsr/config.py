@@ -8,7 +8,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from megatron_nsr.objective_fields import check_objective
 from megatron_nsr.presets import with_defaults
@@ -31,6 +40,17 @@ def _address(url: str) -> str:
 Address = Annotated[str, AfterValidator(_address)]
 
 
+def _setting(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message in place of one for each type that a setting may have."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("give true or false, a number, a text or a list of texts") from None
+
+
+Setting = Annotated[bool | int | float | str | list[str], WrapValidator(_setting)]
+
+
 class Section(BaseModel):
     """A strict, frozen section: an unknown key or a wrong type is an error."""
 
@@ -50,7 +70,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32"
     )
-    transformer: dict[str, bool | int | float | str | list[str]] = Field(
+    transformer: dict[str, Setting] = Field(
         default_factory=dict,
         description="fields of megatron-core's TransformerConfig that change memory or speed alone, such as {recompute_modules: [mlp]}; "
         "which they are is in training.md",
