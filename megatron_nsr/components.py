@@ -24,13 +24,16 @@ from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.objectives.objective import Objective, OwnLoss
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.objectives.schedule import LambdaSchedule, ObjectiveSchedule
+from megatron_nsr.phases import Phases
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rollout.engines import build_engine, check_engine, engine_ranks
 from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.rollout.vllm_engine import VllmEngine
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.critic import Critic
-from megatron_nsr.training.setup import build_actor, build_critic, require_weights, training_temperature
+from megatron_nsr.training.offload import Offload
+from megatron_nsr.training.setup import build_actor, build_critic, check_transformer, require_weights, training_temperature
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.checksums import policy_checksums
 from megatron_nsr.weights.gathering import execute_push_plan, plan_for
@@ -60,6 +63,8 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     validate_layout(config.parallel, shape, world_size)
     if config.objective.router_aux_loss and shape.moe is None:
         raise UserError(f"objective.router_aux_loss={config.objective.router_aux_loss}: the model has no experts; it must be 0")
+    backend = choose_backend(config.model.backend)
+    check_transformer(config, shape, backend)
     tokenizer = load_tokenizer(config.model.path)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"model.path={config.model.path}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {shape.vocab_size}")
@@ -96,7 +101,7 @@ def read_inputs(config: Config, *, training: bool) -> Inputs:
     return Inputs(
         shape=shape,
         tokenizer=tokenizer,
-        backend=choose_backend(config.model.backend),
+        backend=backend,
         train=train,
         sampler=sampler,
         benchmarks=benchmarks,
@@ -119,6 +124,7 @@ class Components:
     benchmarks: Benchmarks | None
     source: ExperienceSource
     push_plan: PushPlan
+    phases: Phases
 
     @property
     def pushes_every_step(self) -> bool:
@@ -129,6 +135,7 @@ class Components:
         """Gathers the policy's weights and hands them to the engine as `version`; returns metrics. A collective call."""
         if self.rollouts is None:
             return {}
+        self.phases.push()
         plan, chunks = self.push_plan, self.actor.chunks
         return self.rollouts.push(execute_push_plan(plan, chunks), version, partial(policy_checksums, plan, chunks))
 
@@ -153,12 +160,16 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     actor = build_actor(config, inputs.shape, inputs.backend, own_loss=own_loss, training=inputs.train is not None)
     with_critic = config.objective.name == "ppo" and inputs.train is not None
     critic = build_critic(config, inputs.shape, inputs.backend, actor.chunks) if with_critic else None
+    phases = Phases(Offload([actor, critic] if critic else [actor], config.training.offload), config.rollout.sleep_level)
     if graders is not None:
-        rollouts = _build_rollouts(config, inputs, stack)
+        phases.sample()  # an engine takes its share of what is free when it starts
+        rollouts = _build_rollouts(config, inputs, stack, phases)
+        phases.train()
         benchmarks = Benchmarks(
             inputs.benchmarks,
             rollouts,
             graders,
+            phases,
             config.evaluation,
             config.reward,
             training_temperature=training_temperature(config),
@@ -169,7 +180,7 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     if inputs.objective is not None and rollouts is not None and graders is not None:
         source = GradedRollouts(rollouts, graders, _schedule(inputs.objective, config), config, inputs.tokenizer.stop_ids)
     plan = plan_for(actor.chunks, inputs.shape, config.rollout.push_bucket_mib * MIB)
-    return Components(actor, critic, rollouts, graders, benchmarks, source, plan)
+    return Components(actor, critic, rollouts, graders, benchmarks, source, plan, phases)
 
 
 def _schedule(objective: Objective, config: Config) -> ObjectiveSchedule:
@@ -182,9 +193,12 @@ def _schedule(objective: Objective, config: Config) -> ObjectiveSchedule:
     return ObjectiveSchedule(objective, settings.nsr_steps, moving)
 
 
-def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack) -> Rollouts:
+def _build_rollouts(config: Config, inputs: Inputs, stack: ExitStack, phases: Phases) -> Rollouts:
+    engine = build_engine(config, inputs.shape, inputs.server_weights)
+    if isinstance(engine, VllmEngine):
+        phases.engine = engine
     rollouts = Rollouts(
-        build_engine(config, inputs.shape, inputs.server_weights),
+        engine,
         inputs.tokenizer.decode,
         run_seed=config.run.seed,
         rank=distributed.rank(),

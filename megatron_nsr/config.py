@@ -8,7 +8,17 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from megatron_nsr.objective_fields import check_learning, check_objective, known_objective
 from megatron_nsr.presets import with_defaults
@@ -40,6 +50,17 @@ def _address(url: str) -> str:
 Address = Annotated[str, AfterValidator(_address)]
 
 
+def _setting(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One message in place of one for each type that a setting may have."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("give true or false, a number, a text or a list of texts") from None
+
+
+Setting = Annotated[bool | int | float | str | list[str], WrapValidator(_setting)]
+
+
 class Section(BaseModel):
     """A strict, frozen section: an unknown key or a wrong type is an error."""
 
@@ -58,6 +79,11 @@ class ModelConfig(Section):
     backend: Literal["auto", "cpu", "te"] = Field("auto", description="layer implementation: te on CUDA, cpu elsewhere; auto chooses")
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="parameters and activations; main weights, gradients and log-probs are fp32"
+    )
+    transformer: dict[str, Setting] = Field(
+        default_factory=dict,
+        description="fields of megatron-core's TransformerConfig that change memory or speed alone, such as {recompute_modules: [mlp]}; "
+        "which they are is in training.md",
     )
     head_fp8: bool = Field(
         False, description="the LM head's logits from sides rounded to FP8 (e4m3); what that does to log-probs is in fused-head.md"
@@ -115,6 +141,11 @@ class RolloutConfig(Section):
     kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
+    sleep_level: Annotated[int, Field(ge=0, le=2)] = Field(
+        0,
+        description="what a colocated engine gives back while the policy trains, CUDA only: 0 nothing; 1 the KV cache, and its weights go "
+        "to host memory; 2 both are dropped, and the push brings the weights",
+    )
     push_bucket_mib: Positive = Field(512, description="bucket of gathered weights in a push, MiB; a rank holds up to two")
     verify_push: Literal["always", "first", "never"] = Field(
         "first", description="pushes after which what the engine holds is compared with the policy; first: each process's first"
@@ -218,6 +249,11 @@ class TrainingConfig(Section):
     tokens_per_micro_batch: Positive = Field(16384, description="packing budget, tokens; a longer sequence travels alone")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activation recomputation: none, core attention, whole layers"
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what goes to host memory while a colocated engine samples: nothing, main weights and Adam's moments, or the policy's "
+        "parameters too; unless none, gradient buffers are freed",
     )
     head_chunk_tokens: Positive | None = Field(
         None,
@@ -335,6 +371,7 @@ class Config(Section):
             samples_per_prompt=self.rollout.samples_per_prompt,
         )
         self._consistent_servers()
+        self._consistent_memory()
         self._consistent_critic()
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
@@ -363,6 +400,15 @@ class Config(Section):
                 f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}; "
                 f"critic.mini_batch_prompts={prompts} makes one update a mini-batch of the policy"
             )
+
+    def _consistent_memory(self) -> None:
+        for field, value in (("training.offload", self.training.offload), ("rollout.sleep_level", self.rollout.sleep_level)):
+            if value in ("none", 0):
+                continue
+            if self.rollout.mode == "server":
+                raise ValueError(f"{field}={value} needs rollout.mode=colocated: servers share no GPU with the policy")
+            if self.objective.name == "supervised":
+                raise ValueError(f"{field}={value}: objective.name=supervised samples nothing between its updates")
 
     def _consistent_servers(self) -> None:
         rollout, correction = self.rollout, self.objective.rollout_correction

@@ -168,6 +168,7 @@ class Recorder:
 
     def export_hf(self, parts: Components, directory: Path) -> None:
         """Writes the policy as a Hugging Face directory. A collective call."""
+        parts.phases.push()
         source = Path(self.config.model.path)
         tensors = execute_push_plan(parts.push_plan, parts.actor.chunks)
         config_json = config_of_dtype(json.loads((source / "config.json").read_text()), getattr(torch, self.config.model.dtype))

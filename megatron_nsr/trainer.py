@@ -108,10 +108,14 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One step on one batch of prompts; `self.step` counts it when it is complete."""
-        clock, step = PhaseClock(), self.step + 1
+        clock, step, phases = PhaseClock(), self.step + 1, self.parts.phases
+        with clock("offload"):
+            phases.sample()
         experience = self._sampled(lambda: self.parts.source.collect(map(self._prompts, itertools.count()), step, clock))
         if self.config.rollout.max_staleness and step < self.config.run.steps:
             self.parts.source.draw_ahead(self._prompts(experience.prompt_batches), step + 1)
+        with clock("offload"):
+            phases.train()
         critic, only_critic = self.parts.critic, step <= self.config.critic.warmup_steps
         with clock("old_logprobs"):
             score = only_critic or (critic is not None and critic.kl_coefficient > 0)
@@ -219,6 +223,7 @@ class Trainer:
     def _checkpoint(self, metrics: dict[str, float]) -> dict[str, float]:
         """The step's metrics go with it: a run that ends before their line is written can still write it."""
         actor, critic, clock = self.parts.actor, self.parts.critic, PhaseClock()
+        self.parts.phases.inspect()
         files = Path(self.config.model.path)
         state = {"sampler": self.sampler.state(), "weight_version": self.step, "metrics": metrics}
         with clock("checkpoint"):

@@ -39,7 +39,8 @@ Checked over several fields: `objective.mini_batch_prompts` divides `data.prompt
 `optimizer.min_learning_rate` is at most `optimizer.learning_rate`; `objective.nsr_steps` and `critic.warmup_steps` are below
 `run.steps`, unless that is 0; objectives that compare a prompt's responses with one another need `rollout.samples_per_prompt` of 2
 or more; `rollout.mode=server` needs `rollout.servers`, and
-`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`. What depends on the model or the number of
+`rollout.max_staleness=1` needs both that mode and `objective.rollout_correction`; `training.offload` and `rollout.sleep_level` are for a
+colocated engine and no supervised run. What depends on the model or the number of
 processes (heads that `parallel.tensor` must divide, processes that `parallel.tensor` x `context` x `pipeline` must divide, ranks that
 `rollout.tensor_parallel` must divide) and what servers say of themselves is checked before anything slow starts. `critic` is for
 `objective.name=ppo` alone: with another objective it is an error to change it.

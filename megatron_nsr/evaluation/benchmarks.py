@@ -1,6 +1,6 @@
 """Pass@k of the policy on benchmarks, and its entropy on their prompts.
 
-May import: config, types, platform, training, rollout, rewards, data, observability, the rest of evaluation.
+May import: config, types, platform, phases, training, rollout, rewards, data, observability, the rest of evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron_nsr.data.prompts import PromptSet
 from megatron_nsr.evaluation.generations import Generations
 from megatron_nsr.evaluation.results import benchmark_result
 from megatron_nsr.evaluation.votes import count_votes, same_by_math_verify
+from megatron_nsr.phases import Phases
 from megatron_nsr.platform import distributed
 from megatron_nsr.rewards.pool import GraderPool
 from megatron_nsr.rewards.sharing import grade_shared
@@ -39,6 +40,7 @@ class Benchmarks:
         benchmarks: Mapping[str, PromptSet],
         rollouts: Rollouts,
         graders: GraderPool,
+        phases: Phases,
         settings: EvaluationConfig,
         reward: RewardConfig,
         *,
@@ -46,7 +48,8 @@ class Benchmarks:
         max_response_tokens: int,
         stop_ids: tuple[int, ...],
     ) -> None:
-        self.benchmarks, self.rollouts, self.graders, self.settings, self.reward = benchmarks, rollouts, graders, settings, reward
+        self.benchmarks, self.rollouts, self.graders, self.phases = benchmarks, rollouts, graders, phases
+        self.settings, self.reward = settings, reward
         self.sampling = Sampling(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -64,6 +67,7 @@ class Benchmarks:
         Entropy, and the log-prob gap that proves the push, are measured on samples of their own, drawn as in training: the
         evaluation's may be sharpened or cut.
         """
+        self.phases.sample()
         result: dict[str, Any] = {"step": step, "benchmarks": {}, "heldout_entropy": None}
         metrics: dict[str, float] = {}
         for name, problems in self.benchmarks.items():
@@ -75,7 +79,9 @@ class Benchmarks:
             if self.settings.greedy:
                 accuracy = self._greedy_accuracy(prompts)
                 result["benchmarks"][name]["greedy_accuracy"] = metrics[f"eval/{name}/greedy_accuracy"] = accuracy
-        heldout = actor.measure_samples(self.draw_heldout())
+        drawn = self.draw_heldout()
+        self.phases.inspect()
+        heldout = actor.measure_samples(drawn)
         result["heldout_entropy"] = metrics["heldout/entropy"] = heldout["policy/entropy"]
         for name in ("mean", "max"):
             result[f"logprob_gap_{name}"] = metrics[f"heldout/logprob_gap_{name}"] = heldout[f"rollout/logprob_gap_{name}"]
@@ -100,6 +106,7 @@ class Benchmarks:
 
     def draw_heldout(self) -> list[Trajectory]:
         """`entropy_samples` responses to each benchmark's problems from the weights that were pushed last, drawn as in training."""
+        self.phases.sample()
         samples = self.settings.entropy_samples
         return [
             trajectory

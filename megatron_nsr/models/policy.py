@@ -1,12 +1,12 @@
 """The policy: megatron-core's GPTModel whose last stage hands its hidden states to a head of our own.
 
-May import: megatron.core, config.
+May import: megatron.core, config, types.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.hf_config import Llama3Rope, MixtureOfExperts, ModelShape
+from megatron_nsr.models.transformer_fields import checked_fields
+from megatron_nsr.types import UserError
 
 Head = Callable[[torch.Tensor, torch.Tensor, Any], Any]
 
@@ -68,13 +70,15 @@ def build_policy(
     recompute: Literal["none", "selective", "full"],
     head: Head,
     model: type[PolicyModel] = PolicyModel,
+    fields: Mapping[str, Any] | None = None,
 ) -> list[PolicyModel]:
     """This rank's model, one chunk per virtual stage, on the layout that `initialize_parallel` set up.
 
     The weights are not meaningful yet: fill them with `weights.loading.load_hf_weights`, from files or from `random_hf_tensors`, which
     gives the same model on every layout. All chunks share one TransformerConfig, `chunks[0].config`. model: another class of chunk.
+    fields: further ones of the TransformerConfig, `model.transformer`.
     """
-    config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute)
+    config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute, fields=fields)
     stages = [None] if parallel.virtual_pipeline == 1 else range(parallel.virtual_pipeline)
     with backend.phase(), torch.random.fork_rng(devices=[]):
         return [_build_chunk(model, shape, parallel, config, backend, head, stage) for stage in stages]
@@ -132,9 +136,28 @@ def transformer_config(
     dtype: torch.dtype,
     backend: Backend,
     recompute: Literal["none", "selective", "full"],
+    fields: Mapping[str, Any] | None = None,
 ) -> TransformerConfig:
-    """megatron-core's configuration of this model on this layout."""
-    config = TransformerConfig(
+    """megatron-core's configuration of this model on this layout. Needs no process group.
+
+    fields: the user's own. Raises UserError for one of them that is not to be set, and where megatron-core refuses them together.
+    """
+    given = checked_fields(fields or {}, backend=backend.name, recompute=recompute)
+    ours = _own_fields(shape, parallel, dtype, backend) | _recompute_fields(recompute)
+    try:
+        config = TransformerConfig(**(ours | given))
+    except (ValueError, AssertionError) as error:
+        if not given:
+            raise
+        raise UserError(f"model.transformer={dict(fields or {})}: megatron-core refuses it: {' '.join(str(error).split())}") from None
+    # Set afterwards, as transformer_config.py (line 1827) refuses an all-gather of lengths that differ, which cpu_experts.py can.
+    config.moe_token_dispatcher_type = backend.token_dispatcher
+    return config
+
+
+def _own_fields(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, backend: Backend) -> dict[str, Any]:
+    """What model.transformer must not set; recomputation apart, whose details it may."""
+    return dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -161,12 +184,8 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         **_layout_fields(parallel),
         **(_expert_fields(shape.moe, parallel) if shape.moe else {}),
-        **_recompute_fields(recompute),
         **backend.config_overrides(),
     )
-    # Set afterwards, as transformer_config.py (line 1827) refuses an all-gather of lengths that differ, which cpu_experts.py can.
-    config.moe_token_dispatcher_type = backend.token_dispatcher
-    return config
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:

@@ -84,6 +84,8 @@ METRICS: dict[str, str] = {
     "eval/<benchmark>/greedy_accuracy": "problems that the most probable response, token by token, solves, 0 to 1",
     "data/epoch": "complete passes over the training prompts, count",
     "time/step_s": "wall time of the step from sampling to the weight push, evaluation and checkpoint not included, seconds",
+    "time/offload_s": "wall time of taking the policy's state out of device memory and back, and of the engine's sleep, seconds; what a "
+    "push needs of it counts there",
     "time/rollout_s": "wall time of sampling, seconds",
     "time/reward_s": "wall time of grading that sampling did not hide, seconds",
     "time/old_logprobs_s": "wall time of the forward passes for old log-probabilities, seconds",

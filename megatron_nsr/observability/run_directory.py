@@ -33,6 +33,7 @@ MAY_CHANGE = frozenset(
         "rollout.push_bucket_mib",
         "rollout.verify_push",
         "rollout.enforce_eager",
+        "rollout.sleep_level",
         "rollout.tensor_parallel",
         "rollout.max_logprob_gap",
         "reward.workers",
@@ -212,7 +213,7 @@ def _check_resumable(run: RunDirectory, config: Config) -> None:
 
 
 def _may_change(key: str) -> bool:
-    return key in MAY_CHANGE or key.partition(".")[0] in SECTIONS_THAT_MAY_CHANGE
+    return key in MAY_CHANGE or key.partition(".")[0] in SECTIONS_THAT_MAY_CHANGE or key.startswith("model.transformer.")
 
 
 def _show(values: Mapping[str, Any], key: str) -> str:

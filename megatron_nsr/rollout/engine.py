@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -104,3 +104,15 @@ class RolloutEngine(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class SleepingEngine(Protocol):
+    """An engine that can give its device memory back for a while."""
+
+    def sleep(self, level: int) -> None:
+        """Frees KV cache and weights. Level 1 keeps the weights' values in host memory, after level 2 a push must bring them."""
+        ...
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the memory of one part again; `generate` needs both, a push the weights."""
+        ...

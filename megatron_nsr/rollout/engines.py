@@ -21,6 +21,7 @@ from megatron_nsr.rollout.server_engine import ServerEngine
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
 from megatron_nsr.rollout.vllm_options import longest_sequence
+from megatron_nsr.types import UserError
 
 MIB = 1 << 20
 
@@ -33,6 +34,8 @@ def check_engine(config: Config, shape: ModelShape, *, world_size: int, samples:
     rollout = config.rollout
     if rollout.mode == "colocated":
         check_tensor_parallel(rollout.tensor_parallel, world_size=world_size, attention_heads=shape.heads)
+        if samples and rollout.sleep_level and not torch.cuda.is_available():
+            raise UserError(f"rollout.sleep_level={rollout.sleep_level}: vLLM cannot sleep on a CPU; it must be 0 here")
     elif samples and distributed.launched_rank() == 0:
         return check_servers(_servers(config), _needed(config, shape), rollout.server_timeout_s)
     return frozenset()
@@ -62,6 +65,7 @@ def build_engine(config: Config, shape: ModelShape, server_weights: frozenset[st
         kv_cache_mib=rollout.kv_cache_mib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
+        can_sleep=rollout.sleep_level > 0,
         tensor_parallel=rollout.tensor_parallel,
     )
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class VllmEngine:
     Under torchrun every rank makes one, at the same time, after torch.distributed is initialised; ranks
     [k * tensor_parallel, (k + 1) * tensor_parallel) host engine k. One engine a process at a time. `model_dir` needs only a
     config.json: the weights come with the first push. `kv_cache_mib` None sizes the cache from `gpu_memory_utilization`
-    (on CPU: of the machine's memory). On CPU the engine is always eager.
+    (on CPU: of the machine's memory). On CPU the engine is always eager and never sleeps.
 
     Raises UserError where `tensor_parallel` does not fit, or vLLM has no attention for the model on a CPU.
     """
@@ -56,6 +56,7 @@ class VllmEngine:
         kv_cache_mib: int | None = None,
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
+        can_sleep: bool = False,
         tensor_parallel: int = 1,
     ) -> None:
         from transformers import AutoConfig
@@ -87,6 +88,7 @@ class VllmEngine:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=gpu_memory_utilization,
+                enable_sleep_mode=can_sleep,
                 tensor_parallel_size=tensor_parallel,
                 load_format="dummy",  # the first push brings the weights
                 skip_tokenizer_init=True,  # ids in, ids out
@@ -151,6 +153,16 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
         self._version = version
         return pushed.bytes
+
+    def sleep(self, level: int) -> None:
+        """See SleepingEngine; for an engine that was made with `can_sleep`."""
+        self._llm.sleep(level=level)
+        if level == 2:
+            self._version = None
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """See SleepingEngine."""
+        self._llm.wake_up(tags=[part])
 
     def held_checksums(self) -> list[dict[Region, int]]:
         """See RolloutEngine."""

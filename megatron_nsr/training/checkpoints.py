@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.platform import distributed
+from megatron_nsr.platform.host_memory import require_present
 from megatron_nsr.platform.model_files import copy_tokenizer
 from megatron_nsr.training.checkpoint_files import REMEDY, RESUME_REMEDY, newest_checkpoint, read_description, write_description
 from megatron_nsr.training.optimizer_state import OptimizerState
@@ -160,16 +161,17 @@ def save_state(directory: Path, wrapped: Sequence[Any], optimizer: Any, backend:
 
 def load_state(directory: Path, wrapped: Sequence[Any], optimizer: Any | None, backend: Backend) -> None:
     """Fills the model, and the optimizer where one is given, from a checkpoint written at any layout."""
-    with backend.phase(), _readable(directory, REMEDY if optimizer is None else RESUME_REMEDY):
+    with backend.phase():
         state = _model_state(wrapped)
         optimizer_state = None if optimizer is None else OptimizerState(optimizer, state)
-        if optimizer_state is not None:
-            state["optimizer"] = optimizer_state.to_load()
-        loaded = dist_checkpointing.load(state, str(directory), get_default_load_sharded_strategy(str(directory)))
-        for index, chunk in enumerate(wrapped):
-            _bare(chunk).load_state_dict(_with_extra_state(loaded[f"model{index}"], _bare(chunk)))
-        if optimizer_state is not None:
-            optimizer_state.fill(loaded["optimizer"])
+        with _readable(directory, REMEDY if optimizer is None else RESUME_REMEDY):
+            if optimizer_state is not None:
+                state["optimizer"] = optimizer_state.to_load()
+            loaded = dist_checkpointing.load(state, str(directory), get_default_load_sharded_strategy(str(directory)))
+            for index, chunk in enumerate(wrapped):
+                _bare(chunk).load_state_dict(_with_extra_state(loaded[f"model{index}"], _bare(chunk)))
+            if optimizer_state is not None:
+                optimizer_state.fill(loaded["optimizer"])
 
 
 def rng_state() -> dict[str, Any]:
@@ -204,6 +206,7 @@ def _bare(chunk: Any) -> Any:
 
 
 def _model_state(wrapped: Sequence[Any]) -> dict[str, Any]:
+    require_present((parameter for chunk in wrapped for parameter in chunk.parameters()), "the model's weights")
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     return {f"model{i}": _without_extra_state(_bare(chunk).sharded_state_dict(metadata=metadata)) for i, chunk in enumerate(wrapped)}
 

@@ -31,6 +31,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
 from megatron_nsr.platform import distributed
+from megatron_nsr.platform.host_memory import require_present
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_WEIGHT = "fp32_param"
@@ -82,6 +83,7 @@ class OptimizerState:
         for inner in self._inner:
             _allocate(inner)
         self._parts = dict(item for inner in self._inner for item in _parts(inner))
+        require_present((tensor for part in self._parts.values() for tensor in part.tensors.values()), "main weights and moments")
         self._places = _places([item for item in nested_values(model_state) if _is_parameter(item)], _sharing_groups(self._inner))
         whole = {place.parameter for place in self._places if place.group is None}
         if not whole <= self._parts.keys() <= {place.parameter for place in self._places}:

@@ -1,7 +1,7 @@
 """A model that trains under megatron-core's pipeline schedule: packed micro-batches through its chunks, and optimizer steps.
 
-May import: types, models, training.context_parallel, training.parallel_groups, megatron-core. The policy (actor.py) and the critic
-(critic.py) are such models.
+The policy (actor.py) and the critic (critic.py) are such models. May import: types, models, platform, training.context_parallel,
+training.parallel_groups, megatron-core.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import BalancedPacking, LoadBalancing
+from megatron_nsr.platform.host_memory import require_present
 from megatron_nsr.training.context_parallel import of_all_tokens
 from megatron_nsr.training.parallel_groups import ParallelGroups
 from megatron_nsr.types import TrainBatch
@@ -30,6 +31,7 @@ class ScheduledModel:
         self.wrapped, self.optimizer, self.backend, self.groups = list(wrapped), optimizer, backend, groups
 
     def _zero_gradients(self) -> None:
+        require_present((parameter.main_grad for chunk in self.chunks for parameter in chunk.parameters()), "gradient buffers")
         with self.backend.phase():
             for chunk in self.wrapped:
                 chunk.zero_grad_buffer()
@@ -47,6 +49,7 @@ class ScheduledModel:
 
         labels: of this rank's tokens (`own_part`); the outputs are of all tokens.
         """
+        require_present((parameter for chunk in self.chunks for parameter in chunk.parameters()), "the model's weights")
         balances: Sequence[LoadBalancing | None] = balancing or [None] * len(labels)
         work: list[Work] = list(zip(micro_batches, labels, balances, strict=True))
         several = len(self.wrapped) > 1

@@ -16,7 +16,7 @@ from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.critic import CriticModel, copy_trunk
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import initialize_parallel
-from megatron_nsr.models.policy import Head, PolicyModel, build_policy
+from megatron_nsr.models.policy import Head, PolicyModel, build_policy, transformer_config
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
@@ -41,7 +41,13 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
     groups = ParallelGroups.current(backend.device)
     dtype = DTYPES[config.model.dtype]
     chunks = build_policy(
-        shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=build_head(config, shape, groups)
+        shape,
+        config.parallel,
+        dtype=dtype,
+        backend=backend,
+        recompute=config.training.recompute,
+        head=build_head(config, shape, groups),
+        fields=config.model.transformer,
     )
     load_initial_weights(chunks, config, shape, backend)
     signed = config.objective.name != "supervised"
@@ -73,6 +79,13 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
     )
 
 
+def check_transformer(config: Config, shape: ModelShape, backend: Backend) -> None:
+    """Raises UserError where `model.transformer` holds what cannot be, before anything is built."""
+    model = config.model
+    recompute, dtype = config.training.recompute, DTYPES[model.dtype]
+    transformer_config(shape, config.parallel, dtype=dtype, backend=backend, recompute=recompute, fields=model.transformer)
+
+
 def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: list[PolicyModel]) -> Critic:
     """Builds the critic at the layout of the policy's chunks, with the weights of their trunk and values of zero."""
     groups = ParallelGroups.current(backend.device)
@@ -82,7 +95,14 @@ def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: li
         return value_head(hidden, weight, inputs, groups.tensor_group if config.parallel.sequence else None)
 
     chunks = build_policy(
-        shape, config.parallel, dtype=dtype, backend=backend, recompute=config.training.recompute, head=head, model=CriticModel
+        shape,
+        config.parallel,
+        dtype=dtype,
+        backend=backend,
+        recompute=config.training.recompute,
+        head=head,
+        model=CriticModel,
+        fields=config.model.transformer,
     )
     copy_trunk(chunks, policy)
     with backend.phase():

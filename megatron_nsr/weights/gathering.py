@@ -1,6 +1,6 @@
 """Gathers a sharded model back into whole Hugging Face tensors, bucket by bucket, on every rank.
 
-May import: models, torch.distributed.
+May import: models, platform, torch.distributed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.policy import PolicyModel
+from megatron_nsr.platform.host_memory import require_present
 from megatron_nsr.weights.mapping import local_parameter
 from megatron_nsr.weights.push_plan import Bucket, Piece, PushPlan, plan_push
 
@@ -61,6 +62,7 @@ class _Rank:
     def __init__(self, plan: PushPlan, chunks: Sequence[PolicyModel]) -> None:
         self.plan = plan
         self.parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+        require_present((parameter for named in self.parameters for parameter in named.values()), "the model's weights")
         groups = chunks[0].pg_collection
         self.tp, self.pp, self.ep = groups.tp, groups.pp, groups.ep
         sample = next(iter(self.parameters[0].values()))

@@ -21,6 +21,7 @@ from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoints import Checkpoints
+from megatron_nsr.training.offload import Offload
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.training.sign_probe import copied, main_gradients
 from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
@@ -238,8 +239,11 @@ def load(model: Path, fields: dict[str, Any], directory: Path, dtype: str) -> tu
 
 
 def resume(model: Path, fields: dict[str, Any], directory: Path, weights: Path, dtype: str = "float32") -> dict[str, float]:
-    """Step 3 from a checkpoint; the weights after it go to the file `weights`."""
+    """Step 3 from a checkpoint, after everything has left the device once; the weights after it go to the file `weights`."""
     config, actor = load(model, fields, directory, dtype)
+    offload = Offload([actor], "all")
+    offload.take_away()
+    offload.bring_all()
     shape = read_model_shape(str(model))
     metrics = train(actor, config, shape.vocab_size, 3)
     after = updated_weights(actor, shape)

@@ -59,6 +59,11 @@ def test_unknown_and_padded_tensors_are_refused(seen: Seen) -> None:
     assert "model.embed_tokens.weight has 320 rows, not vocab_size=160" in seen["padded"]
 
 
+def test_an_engine_that_slept_through_an_update_samples_from_the_push(seen: Seen) -> None:
+    assert (seen["version_asleep_1"], seen["version_asleep_2"]) == (2, None)
+    assert seen["same_after_1"] and seen["same_after_2"]
+
+
 def test_a_push_tells_the_bytes_it_brought(seen: Seen) -> None:
     assert seen["pushed_bytes"] == seen["model_bytes"]
 

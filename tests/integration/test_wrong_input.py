@@ -55,6 +55,11 @@ OVERRIDES = {
     "no training data": (["data.train=null"], "data.train: required for training, but not given"),
     "missing data": (["data.train=nowhere.jsonl"], "data.train=nowhere.jsonl: no such file or directory"),
     "missing benchmark": (["evaluation.benchmarks.MATH=nowhere.parquet"], "evaluation.benchmarks.MATH=nowhere.parquet: no such file"),
+    "sleep on a CPU": (["rollout.sleep_level=1"], "rollout.sleep_level=1: vLLM cannot sleep on a CPU; it must be 0 here"),
+    "offload beside servers": (
+        ["training.offload=all", "rollout.mode=server", "rollout.servers=[http://127.0.0.1:1]"],
+        "training.offload=all needs rollout.mode=colocated: servers share no GPU with the policy",
+    ),
     "missing model": (["model.path=nowhere"], "model.path=nowhere: no such directory; give a Hugging Face model's directory"),
     "unknown objective": (["objective.name=nrs"], "objective.name='nrs': no such objective; did you mean nsr?"),
     "objective nowhere": (["objective.name=nowhere:Mine"], "objective.name='nowhere:Mine': cannot import nowhere"),

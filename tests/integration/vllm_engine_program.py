@@ -105,6 +105,21 @@ def weights_cases(engine: VllmEngine, old: PreTrainedModel, new: PreTrainedModel
     return seen
 
 
+def sleep_cases(engine: VllmEngine, new: PreTrainedModel) -> dict[str, Any]:
+    """A training phase's calls, in a step's order. On a CPU no memory is given back; vLLM's scheduler pauses and goes on all the same."""
+    asked = requests()
+    awake = ids(engine.generate(asked, NO_STOP))
+    seen: dict[str, Any] = {}
+    for level in (1, 2):
+        engine.sleep(level)
+        seen[f"version_asleep_{level}"] = engine.version
+        engine.wake("weights")
+        engine.load_weights(tensors(new), 2)
+        engine.wake("kv_cache")
+        seen[f"same_after_{level}"] = ids(engine.generate(asked, NO_STOP)) == awake
+    return seen
+
+
 def verification_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]:
     """Which tensors are found wrong: after a right push, after each of several wrong ones, and where a layer goes on with old weights."""
     expected = whole_checksums(tensors(model), torch.float32)
@@ -209,6 +224,7 @@ def main(out: Path) -> None:
     with VllmEngine(out / "model", dtype="float32", max_model_len=MAX_MODEL_LEN, max_num_seqs=64, kv_cache_mib=64) as engine:
         seen["start_left_state"] = process_state() == before
         seen |= weights_cases(engine, old, new)
+        seen |= sleep_cases(engine, new)
         seen |= verification_cases(engine, new)
         seen |= sampling_cases(engine, new)
         seen["use_left_state"] = process_state() == before

@@ -120,6 +120,8 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("run.dir=[1", "config.yaml: while parsing"),
         ("run", "override 'run': write it as section.key=value"),
         ("rollout.servers=[127.0.0.1:8001]", "rollout.servers[0]='127.0.0.1:8001': an address looks like http://host:port"),
+        ("model.transformer.recompute_modules=null", "recompute_modules=None: give true or false, a number, a text or a list of texts"),
+        ("rollout.sleep_level=3", "rollout.sleep_level=3: input should be less than or equal to 2"),
         ("rollout.servers=[http://a:1,1]", "rollout.servers[1]=1: input should be a valid string"),
         ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
@@ -178,6 +180,14 @@ def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(f
 def test_a_server_has_one_spelling_and_stands_there_once(file: Path) -> None:
     assert load_config(file, ["rollout.mode=server", "rollout.servers=[http://a:1/]"]).rollout.servers == ["http://a:1"]
     assert "an address stands there twice" in message(file, "rollout.mode=server", "rollout.servers=[http://a:1,http://a:1/]")
+
+
+def test_memory_is_shared_out_only_where_policy_and_engine_take_turns(file: Path) -> None:
+    servers = ("rollout.mode=server", "rollout.servers=[http://a:1]")
+    for setting in ("training.offload=all", "rollout.sleep_level=1"):
+        assert f"{setting} needs rollout.mode=colocated" in message(file, setting, *servers)
+        assert f"{setting}: objective.name=supervised samples nothing" in message(file, setting, "objective.name=supervised")
+    assert load_config(file, ["training.offload=all", "rollout.sleep_level=2"]).rollout.sleep_level == 2
 
 
 def test_every_wrong_field_is_named_at_once(file: Path) -> None:

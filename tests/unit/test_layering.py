@@ -18,6 +18,7 @@ LAYERS = [
     {"types", "presets", "objective_fields", "config", "config_files", "clock", "platform"},
     {"models", "weights", "losses", "objectives", "rewards", "data", "observability"},
     {"training", "rollout"},
+    {"phases"},
     {"evaluation", "launch", "planning", "conversion"},
     {"experience"},
     {"components"},

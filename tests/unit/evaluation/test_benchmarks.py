@@ -11,7 +11,9 @@ import pytest
 from megatron_nsr.config import EvaluationConfig, RewardConfig
 from megatron_nsr.data.prompts import PromptSet
 from megatron_nsr.evaluation.benchmarks import Benchmarks
+from megatron_nsr.phases import Phases
 from megatron_nsr.rollout.engine import Sampling
+from megatron_nsr.training.offload import Offload
 from megatron_nsr.types import Outcome, Prompt, Reason, Trajectory, Verdict
 
 PROMPTS = tuple(Prompt(f"p/{i}", f"{i}", (i,), str(i % 2)) for i in range(4))
@@ -62,6 +64,7 @@ def evaluated(rollouts: Rollouts, **settings: Any) -> dict[str, float]:
         {"a": PromptSet(PROMPTS, 0), "b": PromptSet(PROMPTS[:1], 0)},
         parts[0],
         parts[1],
+        Phases(Offload([], "none"), 0),
         EvaluationConfig(samples=2, entropy_samples=3, **settings),
         RewardConfig(),
         training_temperature=0.9,

@@ -17,8 +17,10 @@ from megatron_nsr.config_files import parse_config
 from megatron_nsr.data.prompts import PromptSet
 from megatron_nsr.evaluation.benchmarks import Benchmarks
 from megatron_nsr.evaluation.generations import SCHEMA, Generations, check_settings, generation_settings, weights_digest
+from megatron_nsr.phases import Phases
 from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 from megatron_nsr.rollout.rollouts import Rollouts
+from megatron_nsr.training.offload import Offload
 from megatron_nsr.types import Outcome, Prompt, Reason, Trajectory, UserError, Verdict
 
 STOP = 9
@@ -80,6 +82,7 @@ def evaluate(directory: Path | None, engine: SeedEngine, **evaluation: Any) -> d
         {"toy": PROBLEMS},
         Rollouts(sampler, lambda ids: str(ids[0]), run_seed=0),
         parts[0],
+        Phases(Offload([], "none"), 0),
         settings.evaluation,
         settings.reward,
         training_temperature=1.0,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import read_model_shape
@@ -33,19 +34,34 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def actor_of(model: Path, own_loss: OwnLoss | None = None, logging: dict[str, Any] | None = None, **objective: Any) -> Actor:
-    config = parse_config(
+def config_of(
+    model: Path,
+    *,
+    dtype: str = "float32",
+    distributed_optimizer: bool = False,
+    recompute: str = "none",
+    transformer: dict[str, Any] | None = None,
+    logging: dict[str, Any] | None = None,
+    **objective: Any,
+) -> Config:
+    return parse_config(
         {
             "run": {"dir": "unused", "steps": 1},
-            "model": {"path": str(model), "dtype": "float32"},
+            "model": {"path": str(model), "dtype": dtype, "transformer": transformer or {}},
             "data": {"template": "plain", "prompts_per_step": 1},
             "objective": {"name": "reinforce", "mini_batch_prompts": 1, "entropy_coefficient": 0.01} | objective,
-            "training": {"tokens_per_micro_batch": 24},
+            "parallel": {"distributed_optimizer": distributed_optimizer},
+            "training": {"tokens_per_micro_batch": 24, "recompute": recompute},
             "logging": logging or {},
         }
     )
+
+
+def actor_of(model: Path, own_loss: OwnLoss | None = None, *, training: bool = True, **settings: Any) -> Actor:
     distributed.init_process_group()
-    return build_actor(config, read_model_shape(str(model)), choose_backend("cpu"), own_loss=own_loss)
+    return build_actor(
+        config_of(model, **settings), read_model_shape(str(model)), choose_backend("cpu"), own_loss=own_loss, training=training
+    )
 
 
 def sample(seed: int, weight: float) -> WeightedSample:
