@@ -1,0 +1,138 @@
+"""Memory of one GPU by part, at the two moments when it is largest: while the policy updates, and while weights are pushed.
+
+May import: config, models, weights, planning. Formulas with their sources: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_nsr.config import Config
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.planning.activations import activation_bytes, workspace_bytes
+from megatron_nsr.planning.engine import EngineMemory, engine_memory
+from megatron_nsr.planning.hardware import GIB, Gpu
+from megatron_nsr.planning.layout import Layout, longest_tokens
+from megatron_nsr.planning.parameters import Elements, largest_tensor, model_elements, stage_elements
+from megatron_nsr.planning.workload import Workload, micro_batches
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+BATCH_TOKEN_BYTES = 80  # of a packed token on the device: ids, targets, weights and log-probs of training/packing.py and HeadOutputs
+MOMENTS = ("update", "push")
+SLEEP = "rollout.sleep_level"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """What a model in training holds from the first step on, bytes of one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """parts: bytes of each part at `update` and at `push`, on the GPU of the fullest pipeline stage. problem: None where it fits."""
+
+    stage: int
+    parts: Mapping[str, tuple[float, float]]
+    capacity: float
+    engine: EngineMemory | None  # None: rollouts are on other GPUs, or there are none
+    host: float  # bytes of one rank in host memory
+    problem: str | None
+
+    def total(self, moment: int) -> float:
+        return sum(part[moment] for part in self.parts.values())
+
+    @property
+    def peak(self) -> float:
+        return max(self.total(0), self.total(1))
+
+
+def model_state(elements: Elements, layout: Layout, element: int) -> ModelState:
+    """Gradients are summed in fp32. Adam has two fp32 moments, and for bf16 weights an fp32 copy of them.
+
+    A distributed optimizer cuts its state over the ranks that hold the same parameters; weights and gradients stay whole.
+    """
+    state = 8 if element == 4 else 12
+    sharded = layout.distributed_optimizer
+    dense = elements.dense / (layout.replicas if sharded else 1)
+    experts = elements.experts / (layout.expert_replicas if sharded else 1)
+    return ModelState(element * elements.total, 4 * elements.total, state * (dense + experts))
+
+
+def plan_memory(config: Config, shape: ModelShape, layout: Layout, workload: Workload, gpu: Gpu) -> MemoryPlan:
+    """Of the pipeline stage that needs most: the first keeps most micro-batches, the last has the head."""
+    engine = None
+    if config.rollout.mode == "colocated" and config.objective.name != "supervised":
+        engine = engine_memory(config, shape, gpu, ELEMENT_BYTES[config.model.dtype])
+    stages = sorted({0, layout.pipeline - 1})
+    plans = [_stage_plan(config, shape, layout, workload, gpu, engine, stage) for stage in stages]
+    return max(plans, key=lambda plan: plan.peak)
+
+
+def _stage_plan(
+    config: Config, shape: ModelShape, layout: Layout, workload: Workload, gpu: Gpu, engine: EngineMemory | None, stage: int
+) -> MemoryPlan:
+    element = ELEMENT_BYTES[config.model.dtype]
+    elements = stage_elements(shape, layout, stage)
+    parts = _states("", model_state(elements, layout, element))
+    if workload.critic:
+        parts |= _states("critic ", model_state(stage_elements(shape, layout, stage, critic=True), layout, element))
+    counted = micro_batches(workload, layout)
+    chunk = config.training.head_chunk_tokens
+    sign_norms = config.logging.sign_norms_every > 0 and config.objective.entropy_coefficient > 0 and config.objective.name != "supervised"
+    work = workspace_bytes(shape, layout, stage, element, gpu.backend, chunk=chunk, sign_norms=sign_norms)
+    parts["activations"] = (activation_bytes(shape, layout, counted, stage, element, gpu.backend), 0.0)
+    parts["head and backward workspace"] = (work, 0.0)
+    batch = BATCH_TOKEN_BYTES * workload.kept_tokens / layout.data
+    parts["packed batch"] = (batch, batch)
+    if engine is not None:
+        asleep = int(getattr(config.rollout, "sleep_level", 0)) > 0
+        for name, size in (
+            ("engine weights", engine.weights),
+            ("engine KV cache", max(0.0, engine.cache)),
+            ("engine workspace", engine.workspace),
+        ):
+            parts[name] = (0.0 if asleep else size, size)
+    parts["push buckets"] = (0.0, push_bytes(config, shape, layout, element))
+    parts["CUDA, NCCL, allocator" if gpu.backend == "te" else "the process itself"] = (gpu.reserved_bytes, gpu.reserved_bytes)
+    host = elements.total * element if workload.reference or config.logging.kl_to_base_every else 0
+    plan = MemoryPlan(stage, parts, gpu.memory_bytes, engine, float(host), None)
+    return MemoryPlan(stage, parts, gpu.memory_bytes, engine, float(host), _problem(plan, config, shape, layout))
+
+
+def push_bytes(config: Config, shape: ModelShape, layout: Layout, element: int) -> float:
+    """Two buckets of gathered weights and the largest tensor, joined (weights/push_plan.py); nothing where each rank has the whole model."""
+    joined = largest_tensor(shape) * element
+    if layout.tensor * layout.pipeline * layout.expert == 1:
+        return float(joined)
+    whole = model_elements(shape) * element
+    bucket = max(config.rollout.push_bucket_mib << 20, joined)
+    return float(min(2 * bucket, whole) + joined)
+
+
+def _states(prefix: str, state: ModelState) -> dict[str, tuple[float, float]]:
+    sizes = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    return {prefix + name: (size, size) for name, size in sizes.items()}
+
+
+def _problem(plan: MemoryPlan, config: Config, shape: ModelShape, layout: Layout) -> str | None:
+    over = plan.peak - plan.capacity
+    if over > 0:
+        moment = max((0, 1), key=plan.total)
+        largest = sorted(plan.parts.items(), key=lambda item: -item[1][moment])[:3]
+        reasons = ", ".join(f"{name} {sizes[moment] / GIB:.1f}" for name, sizes in largest)
+        stage = f" on pipeline stage {plan.stage}" if layout.pipeline > 1 else ""
+        return f"does not fit: {over / GIB:.1f} GiB over {plan.capacity / GIB:.0f} GiB at the {MOMENTS[moment]}{stage}, because of {reasons} GiB"
+    engine, longest = plan.engine, longest_tokens(config, shape)
+    if engine is not None and engine.cached_tokens < longest:
+        short = (longest * engine.cache_per_token - engine.cache) / GIB
+        where = "rollout.gpu_memory_utilization" if config.rollout.kv_cache_mib is None else "rollout.kv_cache_mib"
+        return (
+            f"does not fit: {short:.1f} GiB over what {where} leaves the KV cache, because one sequence of {longest} tokens takes "
+            f"{longest * engine.cache_per_token / GIB:.1f} GiB beside the engine's weights, {engine.weights / GIB:.1f} GiB"
+        )
+    return None
