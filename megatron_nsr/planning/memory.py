@@ -69,11 +69,11 @@ def plan_memory(config: Config, shape: ModelShape, layout: Layout, workload: Wor
     if config.rollout.mode == "colocated" and config.objective.name != "supervised":
         engine = engine_memory(config, shape, gpu, ELEMENT_BYTES[config.model.dtype])
     stages = sorted({0, layout.pipeline - 1})
-    plans = [_stage_plan(config, shape, layout, workload, gpu, engine, stage) for stage in stages]
+    plans = [plan_stage(config, shape, layout, workload, gpu, engine, stage) for stage in stages]
     return max(plans, key=lambda plan: plan.peak)
 
 
-def _stage_plan(
+def plan_stage(
     config: Config, shape: ModelShape, layout: Layout, workload: Workload, gpu: Gpu, engine: EngineMemory | None, stage: int
 ) -> MemoryPlan:
     element = ELEMENT_BYTES[config.model.dtype]
@@ -105,7 +105,7 @@ def _stage_plan(
 
 
 def push_bytes(config: Config, shape: ModelShape, layout: Layout, element: int) -> float:
-    """Two buckets of gathered weights and the largest tensor, joined (weights/push_plan.py); nothing where each rank has the whole model."""
+    """Two buckets of gathered weights and the largest tensor, joined (weights/push_plan.py); no buckets where each rank has the model."""
     joined = largest_tensor(shape) * element
     if layout.tensor * layout.pipeline * layout.expert == 1:
         return float(joined)
@@ -125,8 +125,8 @@ def _problem(plan: MemoryPlan, config: Config, shape: ModelShape, layout: Layout
         moment = max((0, 1), key=plan.total)
         largest = sorted(plan.parts.items(), key=lambda item: -item[1][moment])[:3]
         reasons = ", ".join(f"{name} {sizes[moment] / GIB:.1f}" for name, sizes in largest)
-        stage = f" on pipeline stage {plan.stage}" if layout.pipeline > 1 else ""
-        return f"does not fit: {over / GIB:.1f} GiB over {plan.capacity / GIB:.0f} GiB at the {MOMENTS[moment]}{stage}, because of {reasons} GiB"
+        where = f"the {MOMENTS[moment]}" + (f" on pipeline stage {plan.stage}" if layout.pipeline > 1 else "")
+        return f"does not fit: {over / GIB:.1f} GiB over {plan.capacity / GIB:.0f} GiB at {where}, because of {reasons} GiB"
     engine, longest = plan.engine, longest_tokens(config, shape)
     if engine is not None and engine.cached_tokens < longest:
         short = (longest * engine.cache_per_token - engine.cache) / GIB
