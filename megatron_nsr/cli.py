@@ -182,6 +182,8 @@ def plan(
     prompt_mean: Annotated[float | None, typer.Option(help="prompt tokens, on average")] = None,
     response_mean: Annotated[float | None, typer.Option(help="response tokens, on average")] = None,
     response_spread: Annotated[float | None, typer.Option(help="standard deviation of response tokens over their mean", min=0.0)] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="also the timeline of steps on up to 1,024 GPUs")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --simulate: the scaling efficiency, as FILE.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="values for programs: bytes and seconds")] = False,
 ) -> None:
     """Memory, time and what bounds a step, before anything is started; exit status 1 where it does not fit."""
@@ -199,6 +201,8 @@ def plan(
             prompt_mean=prompt_mean,
             response_mean=response_mean,
             response_spread=response_spread,
+            simulate=simulate,
+            plot=plot,
             as_json=as_json,
         )
         return DONE if fits else FAILED

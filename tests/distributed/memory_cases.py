@@ -36,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2_distributed_recompute": {"distributed_optimizer": True, "recompute": "full"},
     "tp2_selective": {"tensor": 2, "recompute": "selective"},
 }
-PROMPT, RESPONSE, PROMPTS, SAMPLES = 32, 97, 4, 4  # 128 input tokens a sequence, all alike
+PROMPT, RESPONSE, PROMPTS, SAMPLES = 32, 97, 2, 4  # 128 input tokens a sequence, all alike
 BUDGET = 256
 
 
