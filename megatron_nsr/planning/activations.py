@@ -57,21 +57,20 @@ def _norm_bytes(width: int, element: int, backend: BackendName) -> float:
 
 
 def _attention_bytes(shape: ModelShape, layout: Layout, widths: Widths, element: int, backend: BackendName) -> float:
-    """q and k before and after rotation (v stays in the fused projection's output), the output, and a number a head."""
-    queries, keys = widths.queries, widths.keys
-    token = element * (2 * queries + keys + queries + 2 * keys) + 4 * widths.heads
+    """Queries, keys, values and output, and a number a head; torch keeps more of them."""
+    queries, keys, selective = widths.queries, widths.keys, layout.recompute == "selective"
     if backend == "te":
-        normed = element * queries if shape.qk_norm else 0
-    else:
-        normed = (4 * 2 * queries + 4 * (keys if element == 4 else 2 * keys) if shape.qk_norm else 0) + 4 * (
-            widths.heads + keys // widths.head_dim
-        )
-        token += element * 4 * widths.head_dim + 8  # cosines and sines of q and of k, and where a token lies in the padded batch
-        if layout.recompute != "selective":
-            token += element * (2 * queries + 2 * keys)  # q, k, v and the output, padded to the longest sequence
-    if backend == "te" and layout.recompute == "selective":
-        token -= 4 * widths.heads
-    return float(layout.tokens * (token + normed))
+        token = element * (2 * queries + 2 * keys) + (0 if selective else 4 * widths.heads)
+        if shape.qk_norm:  # the norms' inputs: a copy of the queries, and the fused projection that the keys are a view of
+            token += element * (2 * queries + 2 * keys)
+        return float(layout.tokens * token)
+    # The fused projection, queries and keys after rotation, the output; cosines and sines of both; where tokens lie in the padded batch.
+    token = element * (3 * queries + 3 * keys + 4 * widths.head_dim) + 4 * widths.heads + 8
+    if not selective:  # queries, keys, values and output padded to the longest sequence
+        token += element * (2 * queries + 2 * keys)
+    if shape.qk_norm:  # norms in fp32; a view of the projection needs no copy where that is fp32 too
+        token += 4 * (2 * queries + (1 if element == 4 else 2) * keys + widths.heads + keys // widths.head_dim)
+    return float(layout.tokens * token)
 
 
 def _mlp_bytes(shape: ModelShape, layout: Layout, widths: Widths, element: int, backend: BackendName) -> float:

@@ -9,11 +9,15 @@ from megatron_nsr.planning.workload import Lengths, Workload
 def layer_products(shape: ModelShape) -> float:
     """Of one token in one layer's matrix products with weights, forward: two for each weight that the token meets."""
     queries, keys = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
-    attention = shape.hidden * (2 * queries + 2 * keys)
+    attention = 2.0 * shape.hidden * (2 * queries + 2 * keys)
     if shape.moe is None:
-        return 2.0 * (attention + 3 * shape.hidden * shape.ffn)
-    experts = shape.moe.experts_per_token * 3 * shape.hidden * shape.moe.ffn
-    return 2.0 * (attention + experts + shape.hidden * shape.moe.experts)
+        return attention + 2.0 * 3 * shape.hidden * shape.ffn
+    return attention + 2.0 * shape.hidden * shape.moe.experts + expert_products(shape)
+
+
+def expert_products(shape: ModelShape) -> float:
+    """The part of `layer_products` in a mixture's experts."""
+    return 2.0 * shape.moe.experts_per_token * 3 * shape.hidden * shape.moe.ffn if shape.moe else 0.0
 
 
 def attention_products(shape: ModelShape, context: float) -> float:

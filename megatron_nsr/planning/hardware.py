@@ -45,6 +45,7 @@ GPUS = {
 
 # Shares of the peak. None was measured by this project: there is no GPU run yet.
 MATMUL_SHARE = 0.62  # large bf16 products of training, between the other operations of a layer
+EXPERT_MATMUL_SHARE = 0.3  # the grouped products of experts, which are small
 INFERENCE_MATMUL_SHARE = 0.5  # the same in prefill and large decode batches
 MEMORY_SHARE = 0.8  # of memory bandwidth, in decode and in the optimizer
 LINK_SHARE = 0.75  # of NVLink, in collectives of tens of MB

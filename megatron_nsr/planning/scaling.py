@@ -1,4 +1,7 @@
-"""How a config's step scales from its GPUs to 1,024 with the batch as it is: a table and a picture. May import: observability, rich, planning."""
+"""How a config's step scales from its GPUs to 1,024, the batch as it is: a table and a picture.
+
+May import: config, models, observability, rich, planning.
+"""
 
 from __future__ import annotations
 

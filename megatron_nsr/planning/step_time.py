@@ -11,8 +11,8 @@ from functools import reduce
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning import communication
-from megatron_nsr.planning.flops import attention_products, head_products, layer_products, mean_context
-from megatron_nsr.planning.hardware import HOST_SHARE, MATMUL_SHARE, MEMORY_SHARE, NETWORK_SHARE, Gpu, bandwidth
+from megatron_nsr.planning.flops import attention_products, expert_products, head_products, layer_products, mean_context
+from megatron_nsr.planning.hardware import EXPERT_MATMUL_SHARE, HOST_SHARE, MATMUL_SHARE, MEMORY_SHARE, NETWORK_SHARE, Gpu, bandwidth
 from megatron_nsr.planning.layout import Layout
 from megatron_nsr.planning.memory import model_state
 from megatron_nsr.planning.parameters import model_elements, stage_elements
@@ -115,12 +115,13 @@ class Trainer:
         shape, layout = self.shape, self.layout
         layers, part = shape.num_layers / layout.pipeline, tokens / layout.tensor if layout.sequence else tokens
         ways = forwards + backwards
-        products = layers * (layer_products(shape) + attention_products(shape, mean_context(self.workload.lengths)))
-        flops = tokens * products * (forwards + 2 * backwards)
+        experts = expert_products(shape)
+        products = layer_products(shape) - experts + attention_products(shape, mean_context(self.workload.lengths))
+        work = layers * (products / MATMUL_SHARE + experts / EXPERT_MATMUL_SHARE) * (forwards + 2 * backwards)
         if stage == layout.pipeline - 1:
-            flops += tokens * head * self.workload.response_share * head_products(shape)
+            work += head * self.workload.response_share * head_products(shape) / MATMUL_SHARE
         found = [
-            Phase({"compute": flops / layout.tensor / (self.gpu.flops * MATMUL_SHARE)}),
+            Phase({"compute": tokens * work / layout.tensor / self.gpu.flops}),
             self._on_wire(layout.tensor, ways * layers * communication.tensor_bytes(shape, layout, tokens, self.element)),
             self._on_wire(layout.expert, ways * layers * communication.expert_bytes(shape, layout, part, self.element)),
             self._on_wire(

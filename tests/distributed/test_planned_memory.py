@@ -17,7 +17,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "peak")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = tmp_path_factory.mktemp("memory") / "model"
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
-    config = tiny_config("qwen3", tied=False, vocab_size=16000, layers=8, **shape)
+    config = tiny_config("qwen3", tied=False, vocab_size=24000, layers=8, **shape)
     config.save_pretrained(model)
     return run_cases("tests.distributed.memory_cases", 2, [model], timeout_s=600)
 
