@@ -31,10 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
-    "dp2": {},
     "dp2_distributed_bf16": {"distributed_optimizer": True, "dtype": "bfloat16"},
     "dp2_distributed_recompute": {"distributed_optimizer": True, "recompute": "full"},
-    "tp2_selective": {"tensor": 2, "recompute": "selective"},
 }
 PROMPT, RESPONSE, PROMPTS, SAMPLES = 32, 97, 2, 4  # 128 input tokens a sequence, all alike
 BUDGET = 256

@@ -142,7 +142,7 @@ def test_servers_have_gpus_of_their_own() -> None:
     servers = {"mode": "server", "servers": ["http://a:1", "http://b:1"], "tensor_parallel": 2}
     config = config_of(rollout=servers)
     assert trainer_gpus(config, 8) == 4
-    with pytest.raises(UserError, match="--gpus 4: rollout.servers and rollout.tensor_parallel take 4 of them"):
+    with pytest.raises(UserError, match=r"--gpus 4: rollout\.servers and rollout\.tensor_parallel take 4 of them"):
         trainer_gpus(config, 4)
     assert memory_of(config, SEVEN, 4).engine is None
 
@@ -155,7 +155,7 @@ def test_ppo_holds_a_second_model_and_a_kl_term_the_reference_on_the_host() -> N
 
 
 def test_a_model_that_is_not_there_and_not_known_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="model.path=.*nothing.*`plan` knows Qwen2.5-7B, "):
+    with pytest.raises(UserError, match=r"model\.path=.*nothing.*`plan` knows Qwen2\.5-7B, "):
         model_shape(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="model_type=None is not supported"):
