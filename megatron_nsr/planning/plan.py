@@ -14,9 +14,9 @@ from megatron_nsr.planning import communication
 from megatron_nsr.planning.engine import engine_memory
 from megatron_nsr.planning.flops import forward_flops, model_flops
 from megatron_nsr.planning.generation import Engine, Generation, generate_on
-from megatron_nsr.planning.hardware import Gpu
+from megatron_nsr.planning.hardware import HOST_SHARE, Gpu
 from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
-from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, plan_memory
+from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, moved_bytes, plan_memory
 from megatron_nsr.planning.parameters import stage_elements
 from megatron_nsr.planning.step_time import Phase, Trainer
 from megatron_nsr.planning.workload import Lengths, Workload, micro_batches, workload_of
@@ -67,6 +67,9 @@ def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: L
     if config.objective.name != "supervised":
         phases["rollout"] = rollout_phase(config, shape, gpus, gpu, workload)
     phases |= trainer.phases()
+    memory = plan_memory(config, shape, layout, workload, gpu)
+    if moved := moved_bytes(config, memory.parts):
+        phases["offload"] = Phase({"host": 2 * moved / (gpu.host_bandwidth * HOST_SHARE)})
     if config.objective.name != "supervised":
         phases["push"] = trainer.push(servers=config.rollout.mode == "server")
     return Plan(
@@ -76,7 +79,7 @@ def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: L
         gpus,
         layout,
         workload,
-        plan_memory(config, shape, layout, workload, gpu),
+        memory,
         phases,
         step_communication(shape, layout, workload, element),
         step_flops(shape, workload, layout),

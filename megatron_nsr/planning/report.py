@@ -86,9 +86,9 @@ def _memory(plan: Plan) -> Table:
     for name, sizes in memory.parts.items():
         table.add_row(name, *(f"{size / GIB:,.2f}" for size in sizes))
     table.add_section()
-    table.add_row(f"of {memory.capacity / GIB:,.0f}", *(f"{memory.total(moment) / GIB:,.2f}" for moment in (0, 1)))
+    table.add_row(f"of {memory.capacity / GIB:,.0f}", *(f"{memory.total(moment) / GIB:,.2f}" for moment in range(len(MOMENTS))))
     if memory.host:
-        table.add_row("in host memory: the reference", *2 * (f"{memory.host / GIB:,.2f}",))
+        table.add_row("in host memory", *len(MOMENTS) * (f"{memory.host / GIB:,.2f}",))
     return table
 
 

@@ -131,11 +131,10 @@ def test_what_does_not_fit_is_named_with_the_bytes_and_their_reason() -> None:
 
 
 def test_an_engine_without_room_for_one_sequence_does_not_fit() -> None:
-    found = memory_of(config_of(rollout={"gpu_memory_utilization": 0.15, "max_response_tokens": 3072}), SEVEN, 8)
+    small = {"parallel": {"distributed_optimizer": True}, "training": {"recompute": "full"}}
+    found = memory_of(config_of(rollout={"gpu_memory_utilization": 0.12}, **small), SEVEN, 8)
     assert found.peak < found.capacity
-    assert (
-        "over what rollout.gpu_memory_utilization leaves the KV cache, because one sequence of 4095 tokens takes 0.2 GiB" in found.problem
-    )
+    assert "over what rollout.gpu_memory_utilization leaves the KV cache, because one sequence of 4095 tokens" in found.problem
 
 
 def test_servers_have_gpus_of_their_own() -> None:
