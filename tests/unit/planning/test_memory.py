@@ -17,7 +17,7 @@ from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.activations import activation_bytes, head_workspace, kept_by_layer
 from megatron_nsr.planning.hardware import GIB, GPUS, find_gpu
 from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
-from megatron_nsr.planning.memory import model_state, plan_memory, push_bytes
+from megatron_nsr.planning.memory import MOMENTS, model_state, plan_memory, push_bytes
 from megatron_nsr.planning.parameters import Elements, layer_elements, model_elements, stage_elements
 from megatron_nsr.planning.published_models import PUBLISHED, model_shape
 from megatron_nsr.planning.workload import lengths_of, workload_of
@@ -164,3 +164,23 @@ def test_a_model_that_is_not_there_and_not_known_is_an_error(tmp_path: Path) -> 
 def test_a_gpu_that_is_not_known_is_an_error() -> None:
     with pytest.raises(UserError, match="--gpu v100: known are h100, h200, cpu"):
         find_gpu("v100")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("offload", ["none", "optimizer", "all"])
+def test_what_sleeps_or_is_offloaded_is_there_when_it_is_needed(level: int, offload: str) -> None:
+    config = config_of(parallel={"distributed_optimizer": True})
+    rollout = config.rollout.model_copy(update={"sleep_level": level})
+    training = config.training.model_copy(update={"offload": offload})
+    found = memory_of(config.model_copy(update={"rollout": rollout, "training": training}), SEVEN, 8)
+    plain = memory_of(config, SEVEN, 8)
+    update, push, sampling = range(len(MOMENTS))
+    engine = sum(sizes[sampling] for name, sizes in found.parts.items() if name.startswith("engine"))
+    assert found.total(update) == pytest.approx(plain.total(update) - (engine if level else 0))
+    assert found.parts["weights"][push] == found.parts["weights"][update] > 0
+    assert found.parts["engine weights"][push] == found.parts["engine weights"][sampling] > 0
+    gone = ["optimizer", "gradients"] if offload != "none" else []
+    gone += ["weights"] if offload == "all" else []
+    assert found.total(sampling) == pytest.approx(plain.total(sampling) - sum(plain.parts[name][sampling] for name in gone))
+    moved = sum(plain.parts[name][update] for name in gone if name != "gradients")
+    assert found.host == pytest.approx(moved + (plain.parts["engine weights"][update] if level == 1 else 0))
