@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.layout import Layout
-from megatron_nsr.weights.mapping import EMBEDDING, FINAL_NORM, HEAD, LAYER_ENTRIES, Entry, hf_names, hf_tensor_shape
+from megatron_nsr.weights.mapping import EMBEDDING, FINAL_NORM, HEAD, LAYER_ENTRIES, Entry, hf_tensor_shape
 from megatron_nsr.weights.push_plan import shard_shape
 
 
@@ -69,10 +69,11 @@ def model_elements(shape: ModelShape) -> int:
     return layer * shape.num_layers + sum(math.prod(hf_tensor_shape(name, shape)) for entry in ends for name in entry.hf)
 
 
+@lru_cache(maxsize=64)
 def largest_tensor(shape: ModelShape) -> int:
     """Elements of the largest tensor of the model's files."""
-    single = {name: hf_tensor_shape(name, shape) for name in hf_names(shape) if ".layers." not in name or ".layers.0." in name}
-    return max(math.prod(size) for size in single.values())
+    entries = [EMBEDDING, *(entry.of_layer(0, 0) for entry in LAYER_ENTRIES[shape.family])]
+    return max(math.prod(hf_tensor_shape(name, shape)) for entry in entries for name in entry.hf)
 
 
 def _numel(entry: Entry, shape: ModelShape, tensor: int) -> int:
