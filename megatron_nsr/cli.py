@@ -174,6 +174,43 @@ def compare(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs of the run, servers' included", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="h200, h100 or cpu")] = "h200",
+    prompt_mean: Annotated[float | None, typer.Option(help="prompt tokens, on average")] = None,
+    response_mean: Annotated[float | None, typer.Option(help="response tokens, on average")] = None,
+    response_spread: Annotated[float | None, typer.Option(help="standard deviation of response tokens over their mean", min=0.0)] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="also the timeline of steps on up to 1,024 GPUs")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --simulate: the scaling efficiency, as FILE.png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="values for programs: bytes and seconds")] = False,
+) -> None:
+    """Memory, time and what bounds a step, before anything is started; exit status 1 where it does not fit."""
+
+    def work() -> int:
+        from megatron_nsr.config_files import load_config
+
+        settings = load_config(config, overrides)
+        from megatron_nsr.planning.command import show_plan
+
+        fits = show_plan(
+            settings,
+            gpus=gpus,
+            gpu=gpu,
+            prompt_mean=prompt_mean,
+            response_mean=response_mean,
+            response_spread=response_spread,
+            simulate=simulate,
+            plot=plot,
+            as_json=as_json,
+        )
+        return DONE if fits else FAILED
+
+    _exit(work)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what works here, what is missing and how to get it."""
 

@@ -187,7 +187,7 @@ def plan_push(
     for layer, entry in whole_model_entries(shape):
         where = locate(layer, entry, shape.num_layers, pipeline, virtual_pipeline, experts_per_rank)
         theirs = (where.pipeline_rank, None if entry.expert is None else where.expert_rank)
-        shard = _shard_shape(entry, shape, tensor)
+        shard = shard_shape(entry, shape, tensor)
         numel = math.prod(shard)
         total = tensor * slot + replicated + (tensor if entry.layout.sharded else 1) * numel
         if theirs != owner or total * element_bytes > bucket_bytes:
@@ -202,7 +202,7 @@ def plan_push(
     return PushPlan(shape, tensor, pipeline, virtual_pipeline, expert, element_bytes, tuple(buckets))
 
 
-def _shard_shape(entry: Entry, shape: ModelShape, tensor: int) -> tuple[int, ...]:
+def shard_shape(entry: Entry, shape: ModelShape, tensor: int) -> tuple[int, ...]:
     """The dimensions of one tensor-parallel rank's parameter."""
     sizes = [hf_tensor_shape(name, shape) for name in entry.hf]
     rows, rest = sum(size[0] for size in sizes), sizes[0][1:]

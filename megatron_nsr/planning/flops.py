@@ -1,0 +1,48 @@
+"""Floating-point operations of a token and of a step's passes. May import: models, planning. Formulas: docs/planning.md."""
+
+from __future__ import annotations
+
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.planning.workload import Lengths, Workload
+
+
+def layer_products(shape: ModelShape) -> float:
+    """Of one token in one layer's matrix products with weights, forward: two for each weight that the token meets."""
+    queries, keys = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
+    attention = 2.0 * shape.hidden * (2 * queries + 2 * keys)
+    if shape.moe is None:
+        return attention + 2.0 * 3 * shape.hidden * shape.ffn
+    return attention + 2.0 * shape.hidden * shape.moe.experts + expert_products(shape)
+
+
+def expert_products(shape: ModelShape) -> float:
+    """The part of `layer_products` in a mixture's experts."""
+    return 2.0 * shape.moe.experts_per_token * 3 * shape.hidden * shape.moe.ffn if shape.moe else 0.0
+
+
+def attention_products(shape: ModelShape, context: float) -> float:
+    """Of one token that looks at `context` tokens, in one layer: scores, and their sum over values."""
+    return 4.0 * shape.heads * shape.head_dim * context
+
+
+def head_products(shape: ModelShape) -> float:
+    """Of one response token in one product with the LM head."""
+    return 2.0 * shape.hidden * shape.vocab_size
+
+
+def mean_context(lengths: Lengths) -> float:
+    """Tokens that a token of a packed sequence looks at, on average over tokens: half of E[n^2] / E[n]."""
+    squared = lengths.sequence_mean**2 + (lengths.response_spread * lengths.response_mean) ** 2
+    return min(squared / lengths.sequence_mean, lengths.prompt_mean + lengths.cap) / 2
+
+
+def forward_flops(shape: ModelShape, workload: Workload, tokens: float, *, head: int = 1) -> float:
+    """Of a pass over packed sequences. head: products with the LM head, of response tokens alone."""
+    layer = layer_products(shape) + attention_products(shape, mean_context(workload.lengths))
+    return tokens * (shape.num_layers * layer + head * workload.response_share * head_products(shape))
+
+
+def model_flops(shape: ModelShape, workload: Workload, tokens: float) -> float:
+    """Of an update as utilization counts them: forward and backward, without what is recomputed."""
+    layers = 3 * forward_flops(shape, workload, tokens, head=0)
+    return layers + 3 * tokens * workload.response_share * head_products(shape)

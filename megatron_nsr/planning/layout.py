@@ -1,0 +1,108 @@
+"""How the trainer's model lies over GPUs: what of a config, and of a search beside it, planning needs.
+
+May import: config, models, types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_nsr.config import Config, ParallelConfig
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.models.parallel import validate_layout
+from megatron_nsr.types import UserError
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """gpus: of the trainer. micro_batch_tokens: of a micro-batch, over all context-parallel ranks."""
+
+    gpus: int
+    micro_batch_tokens: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = False
+    recompute: Recompute = "none"
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks: groups of GPUs that work on different samples."""
+        return self.gpus // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters and sum their gradients; a distributed optimizer cuts its state over them."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """The same of an expert: experts are whole on their rank, so tensor-parallel ranks hold different ones, or copies."""
+        return self.gpus // (self.pipeline * self.expert)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch that a rank's attention and MLP see."""
+        return -(-self.micro_batch_tokens // self.context)
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens outside attention and MLP, which sequence parallelism spreads over the tensor-parallel ranks."""
+        return -(-self.tokens // self.tensor) if self.sequence else self.tokens
+
+    def describe(self) -> str:
+        """As the keys of a config."""
+        sizes = [("tensor", self.tensor), ("pipeline", self.pipeline), ("virtual_pipeline", self.virtual_pipeline)]
+        sizes += [("context", self.context), ("expert", self.expert)]
+        keys = [f"parallel.{name}={size}" for name, size in sizes if size > 1]
+        keys += ["parallel.sequence=true"] if self.sequence else []
+        keys += ["parallel.distributed_optimizer=true"] if self.distributed_optimizer else []
+        return " ".join([*keys, f"training.recompute={self.recompute}", f"(data {self.data})"])
+
+
+def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
+    """The config's layout on `gpus` GPUs of the trainer. Raises UserError naming the first field that does not fit."""
+    parallel = config.parallel
+    validate_layout(parallel, shape, gpus)
+    layout = Layout(
+        gpus=gpus,
+        micro_batch_tokens=max(config.training.tokens_per_micro_batch, longest_tokens(config, shape)),
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        context=context_ranks(parallel),
+        expert=parallel.expert,
+        sequence=parallel.sequence,
+        distributed_optimizer=parallel.distributed_optimizer,
+        recompute=config.training.recompute,
+    )
+    if layout.data < 1:
+        raise UserError(
+            f"--gpus: {gpus} for the trainer, and one copy of the model takes {layout.tensor * layout.pipeline * layout.context}"
+        )
+    return layout
+
+
+def longest_tokens(config: Config, shape: ModelShape) -> int:
+    """Input tokens of the longest sequence that is trained on: it travels alone where it exceeds the packing budget."""
+    return min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, shape.max_positions) - 1
+
+
+def context_ranks(parallel: ParallelConfig) -> int:
+    return int(getattr(parallel, "context", 1))
+
+
+def trainer_gpus(config: Config, gpus: int) -> int:
+    """Of all GPUs those that train: servers have their own. Raises UserError where servers leave none."""
+    if config.rollout.mode == "colocated":
+        return gpus
+    serving = len(config.rollout.servers) * config.rollout.tensor_parallel
+    if serving >= gpus:
+        raise UserError(f"--gpus {gpus}: rollout.servers and rollout.tensor_parallel take {serving} of them, and the trainer needs some")
+    return gpus - serving

@@ -1,0 +1,146 @@
+"""The plan of a config on N GPUs: memory, time of each phase and what bounds it, bytes by group, floating-point operations.
+
+May import: config, models, planning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_nsr.config import Config
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.planning import communication
+from megatron_nsr.planning.engine import engine_memory
+from megatron_nsr.planning.flops import forward_flops, model_flops
+from megatron_nsr.planning.generation import Engine, Generation, generate_on
+from megatron_nsr.planning.hardware import HOST_SHARE, Gpu
+from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
+from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, moved_bytes, plan_memory
+from megatron_nsr.planning.parameters import stage_elements
+from megatron_nsr.planning.step_time import Phase, Trainer
+from megatron_nsr.planning.workload import Lengths, Workload, micro_batches, workload_of
+from megatron_nsr.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """phases: of one step, in their order. communication: bytes that one GPU sends in a step, by group. flops: of a step, by phase."""
+
+    config: Config
+    shape: ModelShape
+    gpu: Gpu
+    gpus: int
+    layout: Layout
+    workload: Workload
+    memory: MemoryPlan
+    phases: Mapping[str, Phase]
+    communication: Mapping[str, float]
+    flops: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.problem is None
+
+    @property
+    def step_seconds(self) -> float:
+        """One step ahead, sampling hides behind training or the other way round."""
+        seconds = {name: phase.seconds for name, phase in self.phases.items()}
+        if not self.config.rollout.max_staleness:
+            return sum(seconds.values())
+        rollout, push = seconds["rollout"], seconds["push"]
+        return max(rollout, sum(seconds.values()) - rollout - push) + push
+
+    @property
+    def utilization(self) -> float:
+        """Of the trainer's peak by the update, without what is recomputed."""
+        update = self.phases["update"].seconds
+        return model_flops(self.shape, self.workload, self.workload.kept_tokens) / (update * self.layout.gpus * self.gpu.flops)
+
+
+def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths, *, layout: Layout | None = None) -> Plan:
+    """Raises UserError where the config's layout is none of this many GPUs. layout: in place of the config's."""
+    layout = layout or layout_of(config, shape, trainer_gpus(config, gpus))
+    workload, element = workload_of(config, lengths), ELEMENT_BYTES[config.model.dtype]
+    trainer = Trainer(shape, layout, workload, gpu, element)
+    phases: dict[str, Phase] = {}
+    if config.objective.name != "supervised":
+        phases["rollout"] = rollout_phase(config, shape, gpus, gpu, workload)
+    phases |= trainer.phases()
+    memory = plan_memory(config, shape, layout, workload, gpu)
+    if moved := moved_bytes(config, memory.parts):
+        phases["offload"] = Phase({"host": 2 * moved / (gpu.host_bandwidth * HOST_SHARE)})
+    if config.objective.name != "supervised":
+        phases["push"] = trainer.push(servers=config.rollout.mode == "server")
+    return Plan(
+        config,
+        shape,
+        gpu,
+        gpus,
+        layout,
+        workload,
+        memory,
+        phases,
+        step_communication(shape, layout, workload, element),
+        step_flops(shape, workload, layout),
+    )
+
+
+def engine_of(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths) -> Engine:
+    """One of the run's engines, with the sequences that its cache and max_num_seqs have room for; at least one."""
+    element = ELEMENT_BYTES[config.model.dtype]
+    memory = engine_memory(config, shape, gpu, element)
+    room = min(config.rollout.max_num_seqs, int(memory.cached_tokens / lengths.sequence_mean))
+    return Engine(shape, gpu, config.rollout.tensor_parallel, element, max(1, room), memory.cache_per_token)
+
+
+def rollout_phase(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, workload: Workload) -> Phase:
+    """Until the slowest engine is done, on drawn lengths; a step's first draw, the same in every plan."""
+    serving = gpus if config.rollout.mode == "colocated" else gpus - trainer_gpus(config, gpus)
+    if serving % config.rollout.tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the {serving} GPUs that sample")
+    engine = engine_of(config, shape, gpu, workload.lengths)
+    engines = serving // engine.tensor
+    done = generate_on(engine, engines, workload.prompts, workload.samples, workload.lengths, (config.run.seed, 1))
+    return generation_phase(max(done, key=lambda one: one.seconds))
+
+
+def generation_phase(done: Generation) -> Phase:
+    return Phase({"compute": done.prefill + done.decode - done.memory_bound, "HBM": done.memory_bound})
+
+
+def step_communication(shape: ModelShape, layout: Layout, workload: Workload, element: int) -> dict[str, float]:
+    """Bytes that one GPU of the first stage sends in a step's update, and in a push."""
+    elements = stage_elements(shape, layout, 0)
+    count = micro_batches(workload, layout) * workload.mini_batches
+    tokens = workload.kept_tokens / layout.data / layout.context
+    part = tokens / layout.tensor if layout.sequence else tokens
+    passes = (3 if layout.recompute == "full" else 2) * shape.num_layers / layout.pipeline
+    inside, between = communication.push_gather_bytes(shape, layout, element)
+    found = {
+        "tensor parallel": passes * communication.tensor_bytes(shape, layout, tokens, element),
+        "context parallel": passes * communication.context_bytes(shape, layout, tokens, element),
+        "expert parallel": passes * communication.expert_bytes(shape, layout, part, element),
+        "pipeline": 2 * communication.pipeline_bytes(shape, layout, part / count, element) * count,
+        "data parallel, gradients": workload.mini_batches * communication.gradient_bytes(layout, elements),
+        "data parallel, weights": workload.mini_batches * communication.parameter_bytes(layout, elements, element),
+        "push, inside a stage": inside,
+        "push, between stages": between,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def step_flops(shape: ModelShape, workload: Workload, layout: Layout) -> dict[str, float]:
+    """Of all GPUs together. Sampled tokens pass once; prompts are read once for all their samples."""
+    lengths, kept = workload.lengths, workload.kept_tokens
+    one_pass = forward_flops(shape, workload, kept)
+    again = forward_flops(shape, workload, kept, head=0) if layout.recompute == "full" else 0.0
+    sampled = workload.sequences * lengths.response_mean
+    found = {
+        "prefill": forward_flops(shape, workload, workload.prompts * lengths.prompt_mean, head=0),
+        "decode": forward_flops(shape, workload, sampled, head=0) + sampled * 2 * shape.hidden * shape.vocab_size,
+        "old_logprobs": one_pass if workload.old_logprobs else 0.0,
+        "reference": one_pass if workload.reference else 0.0,
+        "update": model_flops(shape, workload, kept) + again,
+    }
+    return {name: count for name, count in found.items() if count}

@@ -1,0 +1,66 @@
+"""The best few layouts of the trainer for a number of GPUs. May import: config, models, planning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_nsr.config import Config, ParallelConfig
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.models.parallel import validate_layout
+from megatron_nsr.planning.hardware import Gpu
+from megatron_nsr.planning.layout import Layout, Recompute, layout_of, trainer_gpus
+from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, plan_memory
+from megatron_nsr.planning.step_time import Trainer
+from megatron_nsr.planning.workload import Lengths, workload_of
+from megatron_nsr.types import UserError
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+MOST_STAGES, MOST_CHUNKS = 64, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """seconds: of the trainer's phases and the push; sampling does not depend on the trainer's layout."""
+
+    layout: Layout
+    seconds: float
+    memory: MemoryPlan
+
+
+def best_layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths, *, count: int = 3) -> list[Candidate]:
+    """Those that fit, the fastest first and of equally fast ones the smallest; context parallelism stays the config's."""
+    workload, element = workload_of(config, lengths), ELEMENT_BYTES[config.model.dtype]
+    found = []
+    for layout in layouts(config, shape, trainer_gpus(config, gpus), gpu):
+        memory = plan_memory(config, shape, layout, workload, gpu)
+        if memory.problem is None:
+            trainer = Trainer(shape, layout, workload, gpu, element)
+            seconds = trainer.seconds + trainer.push(servers=config.rollout.mode == "server").seconds
+            found.append(Candidate(layout, seconds, memory))
+    return sorted(found, key=lambda candidate: (round(candidate.seconds, 3), candidate.memory.peak))[:count]
+
+
+def layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu) -> Iterator[Layout]:
+    """Every layout that the model allows: tensor parallelism inside a node, stages and chunks that divide the layers."""
+    stages = [count for count in range(1, MOST_STAGES + 1) if shape.num_layers % count == 0]
+    experts = [1] if shape.moe is None else [count for count in _powers(shape.moe.experts)]
+    for tensor, pipeline, virtual, expert in product(_powers(gpu.per_node), stages, _powers(MOST_CHUNKS), experts):
+        if virtual > 1 and pipeline == 1:
+            continue
+        parallel = ParallelConfig.model_validate(
+            config.parallel.model_dump()
+            | {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "expert": expert}
+            | {"sequence": tensor > 1, "distributed_optimizer": True}
+        )
+        try:
+            validate_layout(parallel, shape, gpus)
+            layout = layout_of(config.model_copy(update={"parallel": parallel}), shape, gpus)
+        except UserError:
+            continue
+        yield from (replace(layout, recompute=recompute, distributed_optimizer=layout.replicas > 1) for recompute in RECOMPUTES)
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << bit for bit in range(most.bit_length()) if 1 << bit <= most]

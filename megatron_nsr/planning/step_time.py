@@ -1,0 +1,152 @@
+"""Seconds of each phase of a step, and what bounds it. Nothing overlaps: the trainer asks megatron-core for no overlap.
+
+May import: config, models, planning. Formulas with their sources: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.planning import communication
+from megatron_nsr.planning.flops import attention_products, expert_products, head_products, layer_products, mean_context
+from megatron_nsr.planning.hardware import EXPERT_MATMUL_SHARE, HOST_SHARE, MATMUL_SHARE, MEMORY_SHARE, NETWORK_SHARE, Gpu, bandwidth
+from megatron_nsr.planning.layout import Layout
+from megatron_nsr.planning.memory import model_state
+from megatron_nsr.planning.parameters import model_elements, stage_elements
+from megatron_nsr.planning.workload import Workload, micro_batches
+
+RESOURCES = ("compute", "HBM", "NVLink", "network", "host", "idle")  # idle: the pipeline fills and drains
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Seconds spent on each resource, one after another."""
+
+    spent: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.spent.values())
+
+    @property
+    def bound(self) -> str:
+        """The resource that takes most of it."""
+        return max(self.spent, key=lambda name: self.spent[name]) if self.seconds else "-"
+
+    def __add__(self, other: Phase) -> Phase:
+        return Phase({name: self.spent.get(name, 0.0) + other.spent.get(name, 0.0) for name in {**self.spent, **other.spent}})
+
+    def times(self, factor: float) -> Phase:
+        return Phase({name: seconds * factor for name, seconds in self.spent.items()})
+
+
+NOTHING = Phase({})
+
+
+@dataclass(frozen=True, slots=True)
+class Trainer:
+    """A trainer's layout, its GPUs and the work of a step."""
+
+    shape: ModelShape
+    layout: Layout
+    workload: Workload
+    gpu: Gpu
+    element: int
+
+    def phases(self) -> dict[str, Phase]:
+        """By the names of the trainer's clock (time/*_s); grading is not planned."""
+        found = {}
+        if self.workload.old_logprobs:
+            found["old_logprobs"] = self.forward_pass()
+        if self.workload.reference:
+            found["reference"] = self.forward_pass() + self.exchange()
+        if self.workload.critic:
+            found["critic"] = self.forward_pass(head=0) + self.update(head=0)
+        found["update"] = self.update()
+        return found
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases().values())
+
+    def forward_pass(self, *, head: int = 1) -> Phase:
+        """Over the kept samples, forward only."""
+        count = self.workload.mini_batches * micro_batches(self.workload, self.layout)
+        return self._pipelined(count, forwards=1, backwards=0, head=head)
+
+    def update(self, *, head: int = 3) -> Phase:
+        """One optimizer step a mini-batch. head: products with the LM head; a critic has none."""
+        forwards = 2 if self.layout.recompute == "full" else 1
+        passes = self._pipelined(micro_batches(self.workload, self.layout), forwards=forwards, backwards=1, head=head)
+        return (passes + self._reduction() + self._optimizer()).times(self.workload.mini_batches)
+
+    def exchange(self) -> Phase:
+        """The reference's weights into the model and out again: both ways each time."""
+        held = max(stage_elements(self.shape, self.layout, stage).total for stage in {0, self.layout.pipeline - 1}) * self.element
+        return Phase({"host": 4 * held / (self.gpu.host_bandwidth * HOST_SHARE)})
+
+    def push(self, *, servers: bool) -> Phase:
+        """Gathers the weights, hands them over and copies them once more in the engine's layout."""
+        inside, between = communication.push_gather_bytes(self.shape, self.layout, self.element)
+        whole = model_elements(self.shape) * self.element
+        stage_ranks = self.layout.gpus // self.layout.pipeline
+        gather = self._on_wire(max(self.layout.tensor, self.layout.expert), inside)
+        copies = Phase({"HBM": 4 * whole / (self.gpu.memory_bandwidth * MEMORY_SHARE)})
+        broadcast = self._on_wire(self.layout.pipeline, between, stride=stage_ranks)
+        sent = Phase({"network": whole / (self.gpu.network_bandwidth * NETWORK_SHARE)}) if servers else NOTHING
+        return gather + broadcast + copies + sent
+
+    def _pipelined(self, count: int, *, forwards: int, backwards: int, head: int) -> Phase:
+        """`count` micro-batches through the stages: the slowest sets the pace, and the pipeline fills and drains once."""
+        tokens = self.workload.kept_tokens / self.layout.data / self.layout.context
+        if backwards:
+            tokens /= self.workload.mini_batches
+        stages = sorted({0, self.layout.pipeline - 1})
+        each = [self._stage(tokens / count, stage, forwards=forwards, backwards=backwards, head=head) for stage in stages]
+        slowest = max(each, key=lambda phase: phase.seconds)
+        idle = (self.layout.pipeline - 1) / self.layout.virtual_pipeline * slowest.seconds
+        return slowest.times(count) + Phase({"idle": idle})
+
+    def _stage(self, tokens: float, stage: int, *, forwards: int, backwards: int, head: int) -> Phase:
+        """One micro-batch of `tokens` tokens a rank on one stage."""
+        shape, layout = self.shape, self.layout
+        layers, part = shape.num_layers / layout.pipeline, tokens / layout.tensor if layout.sequence else tokens
+        ways = forwards + backwards
+        experts = expert_products(shape)
+        products = layer_products(shape) - experts + attention_products(shape, mean_context(self.workload.lengths))
+        work = layers * (products / MATMUL_SHARE + experts / EXPERT_MATMUL_SHARE) * (forwards + 2 * backwards)
+        if stage == layout.pipeline - 1:
+            work += head * self.workload.response_share * head_products(shape) / MATMUL_SHARE
+        found = [
+            Phase({"compute": tokens * work / layout.tensor / self.gpu.flops}),
+            self._on_wire(layout.tensor, ways * layers * communication.tensor_bytes(shape, layout, tokens, self.element)),
+            self._on_wire(layout.expert, ways * layers * communication.expert_bytes(shape, layout, part, self.element)),
+            self._on_wire(
+                layout.pipeline,
+                (1 + backwards) * communication.pipeline_bytes(shape, layout, part, self.element),
+                stride=layout.gpus // layout.pipeline,
+            ),
+        ]
+        return reduce(Phase.__add__, found)
+
+    def _reduction(self) -> Phase:
+        """Gradients summed and new weights gathered over the ranks that hold the same parameters."""
+        elements = stage_elements(self.shape, self.layout, 0)
+        sent = communication.gradient_bytes(self.layout, elements) + communication.parameter_bytes(self.layout, elements, self.element)
+        return self._on_wire(self.layout.replicas, sent, stride=self.layout.tensor)
+
+    def _optimizer(self) -> Phase:
+        """Gradients are set to zero, their norm is taken, and Adam reads and writes its state."""
+        elements = stage_elements(self.shape, self.layout, 0)
+        state = model_state(elements, self.layout, self.element)
+        moved = 2 * state.gradients + 2 * state.optimizer + state.weights
+        return Phase({"HBM": moved / (self.gpu.memory_bandwidth * MEMORY_SHARE)})
+
+    def _on_wire(self, ranks: int, sent: float, stride: int = 1) -> Phase:
+        if ranks == 1 or not sent:
+            return NOTHING
+        name = "NVLink" if ranks * stride <= self.gpu.per_node else "network"
+        return Phase({name: sent / bandwidth(self.gpu, ranks, stride)})

@@ -1,0 +1,74 @@
+"""Formulas against published numbers. Sources, and what could not be compared, stand in docs/planning.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_nsr.planning.activations import kept_by_layer
+from megatron_nsr.planning.engine import cache_per_token
+from megatron_nsr.planning.flops import model_flops
+from megatron_nsr.planning.generation import Engine, generate_on
+from megatron_nsr.planning.hardware import GIB, GPUS
+from megatron_nsr.planning.layout import Layout
+from megatron_nsr.planning.memory import model_state
+from megatron_nsr.planning.parameters import model_elements, stage_elements
+from megatron_nsr.planning.published_models import PUBLISHED
+from megatron_nsr.planning.step_time import Trainer
+from megatron_nsr.planning.workload import Lengths, Workload
+
+MIB = 1 << 20
+H100 = GPUS["h100"]
+LLAMA2_7B = replace(PUBLISHED["Llama-3.1-8B"], ffn=11008, query_groups=32, vocab_size=32000)
+# A log of Megatron 0.10: Llama-2-7B, bf16, 4,096 tokens, 4 stages, 2 data-parallel ranks with a distributed optimizer.
+LLAMA2_LAYOUT = Layout(8, 4096, pipeline=4, distributed_optimizer=True)
+
+
+def test_model_state_is_that_of_megatrons_own_report_and_of_what_it_then_allocated() -> None:
+    found = []
+    for stage in (0, 1):
+        state = model_state(stage_elements(LLAMA2_7B, LLAMA2_LAYOUT, stage), LLAMA2_LAYOUT, 2)
+        found.append((state.weights + state.gradients + state.optimizer) / MIB)
+    assert found[0] == pytest.approx(20029.52, rel=1e-3)  # "Theoretical memory footprints: weight and optimizer"
+    assert found == [pytest.approx(20034.75, rel=0.005), pytest.approx(18598.75, rel=0.005)]  # "allocated", ranks 0 and 2
+
+
+def test_a_micro_batch_more_in_flight_costs_what_the_log_shows() -> None:
+    more = 8 * kept_by_layer(LLAMA2_7B, LLAMA2_LAYOUT, 2, "te") / MIB
+    # "max allocated" of the first three stages, which hold 4, 3 and 2 micro-batches, less their weights, gradients and fp32 weights
+    assert more == pytest.approx(4236, rel=0.05) and more == pytest.approx(4148, rel=0.05)
+
+
+@pytest.mark.parametrize(("gpus", "data", "batch", "published"), [(8192, 64, 32, 430), (16384, 128, 16, 400)])
+def test_pre_training_a_405b_model_is_as_fast_as_its_authors_say(gpus: int, data: int, batch: int, published: float) -> None:
+    shape = replace(PUBLISHED["Llama-3.1-405B"], num_layers=128)  # 126, with one fewer on the first and the last of 16 stages
+    layout = Layout(gpus, 8192, tensor=8, pipeline=16, virtual_pipeline=8, sequence=True, distributed_optimizer=True)
+    work = Workload(data * batch, 1, 1, 1.0, Lengths(1, 8191, 0.0, 8191), old_logprobs=False, reference=False, critic=False)
+    trainer = Trainer(shape, layout, work, H100, 2)
+    teraflops = model_flops(shape, work, work.kept_tokens) / trainer.update().seconds / gpus / 1e12
+    assert teraflops == pytest.approx(published, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "sequence", "engine_tensor", "layout", "published"),
+    [
+        ("Llama-3.1-8B", 16, 1060, 1, {"pipeline": 2}, 97.7),
+        ("Qwen3-32B", 32, 3206, 4, {"tensor": 4, "pipeline": 4, "sequence": True}, 393),
+        ("Qwen3-30B-A3B", 32, 3154, 4, {"tensor": 2, "expert": 8, "sequence": True}, 225),
+    ],
+)
+def test_a_colocated_grpo_step_takes_no_longer_than_measured_and_at_least_a_third(
+    name: str, gpus: int, sequence: int, engine_tensor: int, layout: dict[str, int], published: float
+) -> None:
+    """The published recipes name no spread of lengths and no share of memory: the prediction is a bound, not a fit."""
+    shape, prompt = PUBLISHED[name], 150
+    lengths = Lengths(prompt, sequence - prompt, 0.6, 4096 - prompt)
+    work = Workload(64, 32, 4, 1.0, lengths, old_logprobs=True, reference=True, critic=False)
+    trainer = Trainer(shape, Layout(gpus, 4096, distributed_optimizer=True, recompute="full", **layout), work, H100, 2)
+    per_token = cache_per_token(shape, engine_tensor, 2)
+    cache = 0.6 * H100.memory_bytes - model_elements(shape) * 2 / engine_tensor - 4 * GIB
+    engine = Engine(shape, H100, engine_tensor, 2, int(cache / per_token / sequence), per_token)
+    sampled = max(one.seconds for one in generate_on(engine, gpus // engine_tensor, 64, 32, lengths, (0, 1)))
+    seconds = sampled + trainer.seconds + trainer.push(servers=False).seconds
+    assert published / 3 <= seconds <= published
