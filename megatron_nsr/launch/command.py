@@ -90,7 +90,7 @@ def describe(job: Job) -> str:
     shown = files(job)
     if job.cluster.executor == "slurm":
         shown["sbatch"] = nemo.render_batch_script(job)
-    parts += [f"\n===== {name} =====\n{text}" for name, text in shown.items()]
+    parts += [f"\n===== {name} =====\n{text.rstrip()}\n" for name, text in shown.items()]
     return "".join(parts)
 
 

@@ -20,7 +20,7 @@ def slurm_rank(job: Job) -> str:
     return _script(
         "One rank: srun starts as many as there are.",
         [
-            *_surroundings(job),
+            *_of_a_rank(job),
             "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS",
             *(_wait_for_servers(job) if job.cluster.rollout else []),
             "trap : TERM  # the rank answers the signal; this shell waits for it",
@@ -66,6 +66,7 @@ def slurm_batch_lines(job: Job) -> str:
             "",
             "# Where the ranks meet",
             "export MASTER_ADDR=${head_node_ip%% *} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+            "unset SLURM_UNBUFFEREDIO  # it gives every rank a terminal, and the log its control characters",
             "",
             "# A run that was told to stop wrote a checkpoint, with status 3: the job queues again and goes on, unless it was cancelled",
             f"rm -rf {status} {_quote(job.directory.servers)}",
@@ -80,7 +81,7 @@ def torchrun_node(job: Job) -> str:
     """One node's torchrun, on this machine or in a container on it."""
     return _script(
         "All ranks of this machine.",
-        [*_surroundings(job), f"exec {_torchrun(job, ['--standalone'])} {_quote(job.directory.config)}"],
+        [*_of_a_rank(job), f"exec {_torchrun(job, ['--standalone'])} {_quote(job.directory.config)}"],
     )
 
 
@@ -92,7 +93,7 @@ def skypilot_node(job: Job) -> str:
     ]
     return _script(
         "All ranks of one of SkyPilot's machines.",
-        [*_surroundings(job), f"exec {_torchrun(job, meeting)} {_quote(job.directory.config)}"],
+        [*_of_a_rank(job), f"exec {_torchrun(job, meeting)} {_quote(job.directory.config)}"],
     )
 
 
@@ -129,7 +130,7 @@ def skypilot_command(job: Job) -> str:
     """`sky launch`; the machines go when the job has ended."""
     secrets = [f"--secret {name}" for name in job.cluster.secrets]
     task = _quote(job.directory.path / "task.yaml")
-    return " \\\n    ".join(["sky launch --yes --down --retry-until-up", f"--cluster {_quote(job.title)}", *secrets, task])
+    return " \\\n    ".join(["sky launch --yes --down --retry-until-up", f"--cluster {_quote(job.id.lower().replace('_', '-'))}", *secrets, task])
 
 
 def container_mounts(job: Job) -> list[str]:
@@ -141,13 +142,18 @@ def container_mounts(job: Job) -> list[str]:
 def _surroundings(job: Job) -> list[str]:
     """Directory, variables and the user's own lines. The commit goes before the working directory, from which only other files come."""
     code = [str(job.directory.code)] if job.source else []
+    path = ":".join(dict.fromkeys([*code, str(job.cwd)]))
     return [
         f"cd {_quote(job.cwd)} || exit 1",
-        f"export PYTHONPATH={_quote(':'.join([*code, str(job.cwd)]))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
-        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}} {STATUS_VARIABLE}={_quote(job.directory.exit_status)}",
+        f"export PYTHONPATH={_quote(path)}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
         *(f"export {name}={_quote(value)}" for name, value in job.cluster.environment.items()),
         *job.cluster.setup,
     ]
+
+
+def _of_a_rank(job: Job) -> list[str]:
+    return [*_surroundings(job), f"export {STATUS_VARIABLE}={_quote(job.directory.exit_status)}"]
 
 
 def _start_lines(job: Job) -> list[str]:
