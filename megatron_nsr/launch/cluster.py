@@ -59,9 +59,12 @@ class Cluster(Section):
         "there. With skypilot a SOURCE is a bucket, as s3://name",
     )
     python: str | None = Field(
-        None, description="the job's Python, by a name on its PATH or a path; null is python in an image or a cloud, and elsewhere launch's own"
+        None,
+        description="the job's Python, by a name on its PATH or a path; null: launch's own, or python in an image or a cloud",
     )
-    environment: dict[Name, str] = Field(default_factory=dict, description="environment variables of the job, for everybody to see")
+    environment: dict[Name, str | int | float] = Field(
+        default_factory=dict, description="environment variables of the job, for everybody to see"
+    )
     secrets: list[Name] = Field(
         default_factory=list,
         description="names of environment variables that the job gets with the values that they have where `launch` runs; values are never "
@@ -85,7 +88,9 @@ class Cluster(Section):
         if self.executor in ("local", "docker") and self.nodes > 1:
             raise ValueError(f"nodes={self.nodes}: executor={self.executor} has one; use slurm or skypilot")
         if self.rollout and self.executor != "slurm":
-            raise ValueError(f"rollout: only executor=slurm starts rollout servers, and this is {self.executor}; see rollouts.md for others")
+            raise ValueError(
+                f"rollout: only executor=slurm starts rollout servers, and this is {self.executor}; see rollouts.md for others"
+            )
         if self.executor == "docker" and not self.image:
             raise ValueError("image: required with executor=docker, but not given")
         if self.mounts and not self.image and self.executor != "skypilot":

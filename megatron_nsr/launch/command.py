@@ -38,7 +38,9 @@ def launch(
         print(describe(job), end="")
         return 0
     if detach and job.cluster.executor != "slurm":
-        raise UserError(f"--detach: a job of executor={job.cluster.executor} ends with its launch; use slurm, or nohup megatron-nsr launch ...")
+        raise UserError(
+            f"--detach: a job of executor={job.cluster.executor} ends with its launch; use slurm, or nohup megatron-nsr launch ..."
+        )
     nemo.require()
     prepare(job)
     print(f"job {job.id}: logs in {job.directory.path}, run in {job.record().run}", flush=True)

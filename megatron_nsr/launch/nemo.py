@@ -2,8 +2,9 @@
 
 May import: this package, types, nemo_run.
 
-Docker and SkyPilot are commands that the local executor runs. nemo-run's own executors for them write the values of environment variables, and
-so of secrets, into its files (core/execution/docker.py and skypilot.py of 0.11.1), and its Docker executor keeps SIGTERM from the trainer.
+Docker and SkyPilot are commands that the local executor runs. nemo-run's own executors for them write the values of environment
+variables, and so of secrets, into its files (core/execution/docker.py and skypilot.py of 0.11.1), and its Docker executor keeps SIGTERM from
+the trainer. SkyPilot itself needs versions of click, bcrypt and uvicorn that vLLM's environment cannot have: as a command it may live elsewhere.
 """
 
 from __future__ import annotations
@@ -148,9 +149,13 @@ def _nemo_run() -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """nemo-run and torchx tell every step at level INFO, and reset the root logger for it."""
+    """Without what nemo-run and torchx log of every step, and without the terminal's input, which their commands would read."""
     logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+    terminal = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
+            logging.disable(logging.NOTSET)

@@ -115,7 +115,7 @@ def docker_command(job: Job) -> str:
     """`docker run`, an option a line."""
     cluster = job.cluster
     options = [
-        f"--rm --name {_quote(job.id)} --user \"$(id -u):$(id -g)\"",
+        f'--rm --name {_quote(job.id)} --user "$(id -u):$(id -g)"',
         "--network host --ipc host",
         *([f"--gpus {cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
         *(f"--env {name}" for name in cluster.secrets),
@@ -130,7 +130,9 @@ def skypilot_command(job: Job) -> str:
     """`sky launch`; the machines go when the job has ended."""
     secrets = [f"--secret {name}" for name in job.cluster.secrets]
     task = _quote(job.directory.path / "task.yaml")
-    return " \\\n    ".join(["sky launch --yes --down --retry-until-up", f"--cluster {_quote(job.id.lower().replace('_', '-'))}", *secrets, task])
+    return " \\\n    ".join(
+        ["sky launch --yes --down --retry-until-up", f"--cluster {_quote(job.id.lower().replace('_', '-'))}", *secrets, task]
+    )
 
 
 def container_mounts(job: Job) -> list[str]:
@@ -186,5 +188,5 @@ def _python(job: Job) -> str:
     return _quote(job.cluster.interpreter)
 
 
-def _quote(value: str | Path) -> str:
+def _quote(value: str | int | float | Path) -> str:
     return shlex.quote(str(value))

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.small_run import CONFIGS, Small, Started, finished, start, state, steps_logged, wait_until
+from tests.integration.small_run import Small, Started, finished, start, state, steps_logged, wait_until
 
 RANKS = ["--executor", "local", "--uncommitted", "cluster.processes_per_node=2"]
 

