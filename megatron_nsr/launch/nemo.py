@@ -3,8 +3,8 @@
 May import: this package, types, nemo_run.
 
 Docker and SkyPilot are commands that the local executor runs. nemo-run's own executors for them write the values of environment
-variables, and so of secrets, into its files (core/execution/docker.py and skypilot.py of 0.11.1), and its Docker executor keeps SIGTERM from
-the trainer. SkyPilot itself needs versions of click, bcrypt and uvicorn that vLLM's environment cannot have: as a command it may live elsewhere.
+variables, and so of secrets, into its files (core/execution/docker.py and skypilot.py of 0.11.1), and its Docker executor keeps SIGTERM
+from the trainer. SkyPilot needs versions of click and uvicorn that vLLM's environment cannot have: as a command it may live elsewhere.
 """
 
 from __future__ import annotations

@@ -16,14 +16,14 @@ def number() -> str:
 
 def test_a_preempted_job_queues_again_goes_on_and_finishes(sandbox: Sandbox, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launched = sandbox.begin(run, "run.steps=200", "checkpoint.every=1000")
+    launched = sandbox.begin(run, "run.steps=80", "checkpoint.every=1000")
     wait_until(lambda: steps_logged(run) >= 2, launched, "two steps were made")
     job = number()
     slurm("scancel", "--signal=TERM", job)
     wait_until(lambda: slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}") == "PENDING", launched, "the job queued again")
     assert state(run)["status"] == "stopped"
     stopped_at = state(run)["step"]
-    assert 2 <= stopped_at < 200 and launched.poll() is None
+    assert 2 <= stopped_at < 80 and launched.poll() is None
     shown = sandbox.job("status", sandbox.name())
     assert "PENDING" in shown and f"{run}: stopped at step {stopped_at}" in shown
     slurm("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm would wait two minutes
@@ -31,8 +31,8 @@ def test_a_preempted_job_queues_again_goes_on_and_finishes(sandbox: Sandbox, tmp
 
     output, _ = launched.communicate(timeout=WAIT_S)
     assert launched.returncode == 0, output
-    assert f"{run}: done at step 200" in output
-    assert [step["step"] for step in values(run)] == list(range(1, 201))
+    assert f"{run}: done at step 80" in output
+    assert [step["step"] for step in values(run)] == list(range(1, 81))
     restarts = slurm("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"--jobs={job}", "--format=State")
     assert restarts.splitlines() == ["REQUEUED", "COMPLETED"]
     log = sandbox.home / "megatron_nsr" / sandbox.name() / "train.log"
