@@ -60,7 +60,6 @@ def slurm_server(job: Job) -> str:
 
 def slurm_batch_lines(job: Job) -> str:
     """Goes into nemo-run's batch script, after it has found the first node's address and before srun."""
-    status = _quote(job.directory.exit_status)
     return "\n".join(
         [
             "",
@@ -69,10 +68,11 @@ def slurm_batch_lines(job: Job) -> str:
             "unset SLURM_UNBUFFEREDIO  # it gives every rank a terminal, and the log its control characters",
             "",
             "# A run that was told to stop wrote a checkpoint, with status 3: the job queues again and goes on, unless it was cancelled",
-            f"rm -rf {status} {_quote(job.directory.servers)}",
+            f"exit_status={_quote(job.directory.exit_status)}",
+            f'rm -rf "$exit_status" {_quote(job.directory.servers)}',
             "cancelled=",
             "trap 'cancelled=1' TERM",
-            f'trap \'[ -n "$cancelled" ] || [ "$(cat {status})" != 3 ] || scontrol requeue "$SLURM_JOB_ID"\' EXIT',
+            """trap '[ -n "$cancelled" ] || [ "$(cat "$exit_status")" != 3 ] || scontrol requeue "$SLURM_JOB_ID"' EXIT""",
         ]
     )
 
