@@ -50,11 +50,24 @@ up() {
 }
 
 down() {
+    end_jobs
     # The reverse of the order in which they were started; each daemon by the pid that it wrote.
+    local name
     for name in "slurmd-${NODES[1]}" "slurmd-${NODES[0]}" slurmctld slurmdbd mariadbd munged; do
-        stop "$ROOT/$name.pid"
+        stop "$ROOT/$name.pid" "${name%%-*}"
     done
     rm -rf "$ROOT"
+}
+
+# Processes of jobs would outlive the daemons.
+end_jobs() {
+    local tries
+    [ -e "$ROOT/up" ] || return 0
+    squeue -h -o %A 2>/dev/null | xargs -r scancel 2>/dev/null || return 0
+    for tries in $(seq 150); do
+        [ -n "$(squeue -h 2>/dev/null)" ] || return 0
+        sleep 0.1
+    done
 }
 
 install_packages() {
@@ -148,7 +161,7 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=30
+KillWait=10
 MinJobAge=600
 NodeName=node[0-1] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$FIRST_NODE_PORT-$((FIRST_NODE_PORT + 1))] CPUs=$CPUS_A_NODE RealMemory=2000
 PartitionName=sandbox Nodes=node[0-1] Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
@@ -183,10 +196,12 @@ wait_for() {
     done
 }
 
-# stop PIDFILE: asks the process to end, and kills it after ten seconds.
+# stop PIDFILE PROGRAM: asks the process to end, and kills it after ten seconds.
 stop() {
     local pid tries
     pid=$(cat "$1" 2>/dev/null) || return 0
+    # After a restart of the machine the number may be somebody else's.
+    [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$2" ] || return 0
     kill -TERM "$pid" 2>/dev/null || return 0
     for tries in $(seq 100); do
         kill -0 "$pid" 2>/dev/null || return 0

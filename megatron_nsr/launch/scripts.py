@@ -65,6 +65,7 @@ def slurm_batch_lines(job: Job) -> str:
             "",
             "# Where the ranks meet",
             "export MASTER_ADDR=${head_node_ip%% *} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+            "set +vx",
             "unset SLURM_UNBUFFEREDIO  # it gives every rank a terminal, and the log its control characters",
             "",
             "# A run that was told to stop wrote a checkpoint, with status 3: the job queues again and goes on, unless it was cancelled",
