@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from examples.quickstart.prepare import prepare
 from tests.integration.small_run import Small, Started, finished, start, state, steps_logged, wait_until
 
 RANKS = ["--executor", "local", "--uncommitted", "cluster.processes_per_node=2"]
@@ -26,9 +27,10 @@ def kill_rank(home: Path, rank: int) -> None:
     next(process for process in ranks if process.environ().get("RANK") == str(rank)).kill()
 
 
-def test_the_exit_status_is_the_job_s(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_status_is_the_job_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path, corpus_size=3000)
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "killed"))
-    run = tmp_path / "run"
+    small, run = Small(tmp_path), tmp_path / "run"
     killed = begin(small, run, "run.steps=500")
     wait_until(lambda: steps_logged(run) >= 2, killed, "two steps were made")
     kill_rank(tmp_path / "killed", 1)
