@@ -6,6 +6,7 @@ May import: config, config_files, types.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ from megatron_nsr.config_files import describe_errors, read_values
 from megatron_nsr.types import UserError
 
 PREFIX = "cluster."
+SUBMITTED_BY = {
+    "slurm": ("sbatch", "launch from a login node of the cluster"),
+    "docker": ("docker", "install Docker, or take executor=local"),
+    "skypilot": ("sky", "pip install skypilot, in an environment of its own, and put its sky on PATH"),
+}
 Name = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -118,7 +124,10 @@ def load_cluster(path: Path | None, executor: str | None, overrides: Sequence[st
         raise UserError(f"{path or 'cluster'}: {describe_errors(error, Cluster)}") from None
 
 
-def check_secrets(cluster: Cluster) -> None:
-    """Raises UserError where a variable that the job shall get has no value here."""
+def check_here(cluster: Cluster) -> None:
+    """Raises UserError where this shell lacks what submitting needs: the executor's program, or a value for a secret."""
+    program, remedy = SUBMITTED_BY.get(cluster.executor, (None, ""))
+    if program and shutil.which(program) is None:
+        raise UserError(f"cluster.executor={cluster.executor}: there is no {program} here; {remedy}")
     if unset := [name for name in cluster.secrets if not os.environ.get(name)]:
         raise UserError(f"cluster.secrets: {', '.join(unset)} not set in this shell; export it, or leave it out of secrets")

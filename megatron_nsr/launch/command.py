@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.launch import nemo, scripts, skypilot
-from megatron_nsr.launch.cluster import Cluster, check_secrets, load_cluster, split_overrides
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides
 from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
 from megatron_nsr.launch.source import find_source
 from megatron_nsr.launch.waiting import exit_status, interrupt, wait_for
@@ -66,7 +66,7 @@ def plan_job(
     elif cluster.image:
         _check_mounted(settings, cluster, cwd)
     if not dry_run:
-        check_secrets(cluster)
+        check_here(cluster)
     return job
 
 

@@ -52,13 +52,18 @@ def render_batch_script(job: Job) -> str:
 def submit(job: Job, wait: Wait | None) -> str:
     """Starts the job and returns its last state; `wait` is called meanwhile with what tells the state of the moment.
 
-    wait: None leaves the job to itself, which Slurm's jobs bear and jobs of this machine do not.
+    wait: None leaves the job to itself, which Slurm's jobs bear and jobs of this machine do not. Raises UserError where sbatch refuses it.
     """
     run = _nemo_run()
     with _experiment(job, base=nemo_run_home()) as experiment:
         _add(run, experiment, job)
-        with _quietly():
-            experiment.run(detach=job.cluster.executor == "slurm")
+        try:
+            with _quietly():
+                experiment.run(detach=job.cluster.executor == "slurm")
+        except Exception as error:
+            if (refused := getattr(error, "result", None)) is None:
+                raise
+            raise UserError(f"cluster.slurm: {refused.command.split()[0]} refused the job: {' '.join(refused.stderr.split())}") from None
         if wait is not None:
             wait(lambda: _state(experiment)["status"])
         return str(_state(experiment)["status"])

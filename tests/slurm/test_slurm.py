@@ -49,6 +49,13 @@ def test_a_failing_rank_is_the_job_s_failure_with_its_last_lines(sandbox: Sandbo
     assert "1: node1: no such device" in output and "exit status 1" in output
 
 
+def test_what_slurm_refuses_is_wrong_input(sandbox: Sandbox, tmp_path: Path) -> None:
+    launched = sandbox.begin(tmp_path / "run", "cluster.slurm.partition=nowhere")
+    output, _ = launched.communicate(timeout=WAIT_S)
+    assert launched.returncode == 2, output
+    assert "megatron-nsr: cluster.slurm: sbatch refused the job: " in output and "partition" in output
+
+
 def test_wrong_input_on_the_nodes_is_wrong_input_here(sandbox: Sandbox, tmp_path: Path) -> None:
     launched = sandbox.begin(tmp_path / "run", "run.steps=3", "data.train=nowhere.jsonl")
     output, _ = launched.communicate(timeout=WAIT_S)

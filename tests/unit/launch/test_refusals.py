@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_nsr.launch import nemo
-from megatron_nsr.launch.cluster import Cluster, check_secrets, load_cluster
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster
 from megatron_nsr.launch.command import plan_job
 from megatron_nsr.launch.job import Job, find_job
 from megatron_nsr.launch.source import find_source
@@ -99,7 +99,18 @@ def test_outside_a_checkout_only_what_is_installed_can_run(tmp_path: Path, monke
 
 def test_a_secret_that_is_set_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "value")
-    check_secrets(Cluster(secrets=["MY_TOKEN"]))
+    check_here(Cluster(secrets=["MY_TOKEN"]))
+
+
+@pytest.mark.parametrize(("executor", "program"), [("slurm", "sbatch"), ("docker", "docker"), ("skypilot", "sky")])
+def test_a_program_that_is_not_here(executor: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster.model_validate({"executor": executor, "image": "example/image"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"cluster.executor={executor}: there is no {program} here; "):
+        check_here(cluster)
+    (tmp_path / program).write_text("#!/bin/sh\n")
+    (tmp_path / program).chmod(0o755)
+    check_here(cluster)
 
 
 def test_a_missing_nemo_run_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
