@@ -23,16 +23,23 @@ WAIT_S = 420
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """`launch` on two nodes of one rank each; `home` is nemo-run's."""
+    """`launch` on the two nodes; `home` is nemo-run's."""
 
     small: Small
     home: Path
 
     def begin(self, run: Path, *overrides: str) -> subprocess.Popen[str]:
         """The supervised quickstart as a job of Slurm, without an evaluation and so without an engine."""
-        options = ["--executor", "slurm", "--uncommitted", "cluster.nodes=2", "cluster.slurm.time=00:30:00"]
-        train = self.small.supervised(run, "evaluation.benchmarks.puzzle=null", "optimizer.schedule=constant", *overrides)
-        return self._start("launch", train[1], *options, *train[2:])
+        train = self.small.supervised(
+            run, "evaluation.benchmarks.puzzle=null", "optimizer.schedule=constant", "cluster.nodes=2", *overrides
+        )
+        return self._launch(train)
+
+    def begin_with_servers(self, run: Path, *overrides: str) -> subprocess.Popen[str]:
+        """NSR from random weights on one node, which samples from a server on the other."""
+        alone = ["evaluation.benchmarks.puzzle=null", "data.validation=null", "checkpoint.export_every=0"]
+        model = [f"model.path={self.small.model}", "model.initialization=random", "rollout.kv_cache_mib=32"]
+        return self._launch(self.small.nsr(run, *alone, *model, "cluster.rollout.nodes=1", *overrides))
 
     def job(self, *arguments: str) -> str:
         """`megatron-nsr job ...`."""
@@ -45,6 +52,10 @@ class Sandbox:
         """Of the newest job."""
         jobs = sorted(self.home.glob("megatron_nsr/*/job.json"), key=lambda path: path.stat().st_mtime)
         return jobs[-1].parent.name
+
+    def _launch(self, train: list[str]) -> subprocess.Popen[str]:
+        options = ["--executor", "slurm", "--uncommitted", "cluster.slurm.time=00:30:00"]
+        return self._start("launch", train[1], *options, *train[2:])
 
     def _start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = os.environ | {"NEMORUN_HOME": str(self.home), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Real jobs of two nodes through nemo-run's Slurm executor: preempted, requeued and finished; and one that fails."""
+"""Real jobs of two nodes through nemo-run's Slurm executor: preempted, requeued and finished; and what else may happen to them."""
 
 from __future__ import annotations
 
@@ -47,6 +47,17 @@ def test_a_failing_rank_is_the_job_s_failure_with_its_last_lines(sandbox: Sandbo
     output, _ = launched.communicate(timeout=WAIT_S)
     assert launched.returncode == 1, output
     assert "1: node1: no such device" in output and "exit status 1" in output
+
+
+def test_a_node_that_only_samples_serves_the_one_that_trains(sandbox: Sandbox, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = sandbox.begin_with_servers(run, "run.steps=2")
+    output, _ = launched.communicate(timeout=WAIT_S)
+    assert launched.returncode == 0, output
+    assert steps_logged(run) == 2 and all(step["rollout/logprob_gap_max"] < 1e-4 for step in values(run))
+    directory = sandbox.home / "megatron_nsr" / sandbox.name()
+    assert "ready" in (directory / "serve.log").read_text()
+    assert number() == ""
 
 
 def test_what_slurm_refuses_is_wrong_input(sandbox: Sandbox, tmp_path: Path) -> None:
