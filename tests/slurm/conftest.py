@@ -18,7 +18,7 @@ import pytest
 from examples.quickstart.prepare import prepare
 from tests.integration.small_run import CONFIGS, REPOSITORY, Small
 
-WAIT_S = 420
+WAIT_S = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Sandbox:
     home: Path
 
     def begin(self, run: Path, *overrides: str) -> subprocess.Popen[str]:
-        """The supervised quickstart as a job of Slurm, without an evaluation and so without an engine."""
+        """The supervised quickstart on two nodes of one rank, without an evaluation and so without an engine."""
         train = self.small.supervised(
             run, "evaluation.benchmarks.puzzle=null", "optimizer.schedule=constant", "cluster.nodes=2", *overrides
         )
