@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nsr.config import Section
 from megatron_nsr.launch.cluster import Cluster, RolloutServers, SkypilotSettings, SlurmSettings
 from megatron_nsr.launch.command import launch
 
@@ -71,7 +72,7 @@ def test_a_dry_run_reads_like_its_page_and_shows_no_secret(
 
 def test_the_manual_has_every_key() -> None:
     manual = (ROOT / "docs" / "launching.md").read_text()
-    sections = {"rollout": RolloutServers, "slurm": SlurmSettings, "skypilot": SkypilotSettings}
+    sections: dict[str, type[Section]] = {"rollout": RolloutServers, "slurm": SlurmSettings, "skypilot": SkypilotSettings}
     keys = [name for name in Cluster.model_fields if name not in sections]
     keys += [f"{section}.{name}" for section, schema in sections.items() for name in schema.model_fields]
     assert [key for key in keys if f"`{key}`" not in manual] == []
