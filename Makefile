@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test test-vllm-0.26 lint format quickstart quickstart-base reproduce reproduce-full bench-deps clean
+.PHONY: help install browser test test-slurm test-vllm-0.26 lint format quickstart quickstart-base reproduce reproduce-full bench-deps launch-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,8 @@ TAG_PROGRAM := import sys; print("py%d%d" % sys.version_info[:2])
 TAG := $(shell $(PYTHON) -c '$(TAG_PROGRAM)' 2>/dev/null)
 INSTALLED := $(VENV)/.installed-$(TAG)
 TEST_INSTALLED := $(VENV)/.test-installed-$(TAG)
+LAUNCH_INSTALLED := $(VENV)/.launch-installed-$(TAG)
+SLURM_SANDBOX ?= /tmp/megatron_nsr_slurm
 PEERS := $(VENV)/bench-peers
 OLD_VENV := .venv-vllm-0.26
 OLD_INSTALLED := $(OLD_VENV)/.installed-$(TAG)
@@ -53,7 +55,14 @@ $(INSTALLED): $(LOCKS) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
+launch-deps: $(LAUNCH_INSTALLED) ## nemo-run, for `megatron-nsr launch`, beside what is installed
+
+$(LAUNCH_INSTALLED): $(INSTALLED) $(wildcard requirements/launch-$(TAG).lock)
+	@echo "Installing nemo-run ..."
+	@$(PIP) --no-deps -r requirements/launch-$(TAG).lock
+	@touch $@
+
+$(TEST_INSTALLED): $(LAUNCH_INSTALLED) $(wildcard requirements/test-$(TAG).lock)
 	@echo "Installing the test tools ..."
 	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
 	@touch $@
@@ -81,6 +90,12 @@ test: $(TEST_INSTALLED) browser ## run all tests
 
 test-vllm-0.26: $(TEST_INSTALLED) $(OLD_INSTALLED) ## the rollout server tests with servers of vLLM 0.26 and torch 2.11
 	MEGATRON_NSR_SERVER_PYTHON=$(CURDIR)/$(OLD_VENV)/bin/python $(BIN)/python -m pytest tests/integration/test_rollout_servers.py
+
+# Debian's Slurm as two nodes on this machine; as root, or with sudo that asks no password. It is taken down whatever the tests say.
+test-slurm: $(TEST_INSTALLED) ## launch real jobs on a Slurm of two nodes, which is installed and started on this machine
+	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh up
+	SLURM_CONF=$(SLURM_SANDBOX)/slurm.conf $(BIN)/python -m pytest tests/slurm; status=$$?; \
+	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh down; exit $$status
 
 # The pinned packages of .venv, those of vllm-0.26.lock in their place.
 $(OLD_INSTALLED): $(LOCKS) requirements/vllm-0.26-torch.lock requirements/vllm-0.26.lock

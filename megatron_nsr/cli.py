@@ -29,8 +29,12 @@ app = typer.Typer(
     help="RLVR at Megatron scale, split by the sign of the reward.",
 )
 
+jobs = typer.Typer(no_args_is_help=True, help="Jobs that `launch` started.")
+app.add_typer(jobs, name="job")
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")]
+JobName = Annotated[str, typer.Argument(help="as `launch` printed it", metavar="JOB")]
 
 
 @app.command()
@@ -64,6 +68,69 @@ def serve(
         from megatron_nsr.rollout.serve import serve as become_server
 
         become_server(settings, host=host, port=port)
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, and cluster.key=value", metavar="[KEY=VALUE]...")
+    ] = None,
+    cluster: Annotated[Path | None, typer.Option(help="YAML file that says where the job runs; see docs/launching.md")] = None,
+    executor: Annotated[str | None, typer.Option(help="local, docker, slurm or skypilot; the same as cluster.executor=...")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and submit nothing")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="return once the job is submitted; slurm only")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="print the job's log while it is written")] = False,
+    uncommitted: Annotated[bool, typer.Option("--uncommitted", help="ship changes of tracked files that are not committed")] = False,
+) -> None:
+    """Run `train` as a job: on this machine, in a container, on Slurm or in a cloud. The exit status is the job's."""
+
+    def work() -> int:
+        from megatron_nsr.launch.command import launch as run
+
+        flags = {"dry_run": dry_run, "detach": detach, "follow": follow, "uncommitted": uncommitted}
+        return run(config, overrides or [], cluster_file=cluster, executor=executor, **flags)
+
+    _exit(work)
+
+
+@jobs.command()
+def status(job: JobName) -> None:
+    """What the job and its run are doing."""
+
+    def work() -> int:
+        from megatron_nsr.launch.command import show_status
+
+        show_status(job)
+        return DONE
+
+    _exit(work)
+
+
+@jobs.command()
+def logs(job: JobName, follow: Annotated[bool, typer.Option("--follow", help="until the job has ended")] = False) -> None:
+    """What the job's ranks have printed."""
+
+    def work() -> int:
+        from megatron_nsr.launch.command import show_logs
+
+        show_logs(job, follow=follow)
+        return DONE
+
+    _exit(work)
+
+
+@jobs.command()
+def cancel(job: JobName) -> None:
+    """Stop the job after a checkpoint; the same launch command goes on from there."""
+
+    def work() -> int:
+        from megatron_nsr.launch.command import cancel as run
+
+        run(job)
         return DONE
 
     _exit(work)
@@ -246,6 +313,8 @@ def _exit(work: Callable[[], int]) -> None:
     except Exception:
         traceback.print_exc()
         status = FAILED
+    if left := os.environ.get("MEGATRON_NSR_EXIT_STATUS"):
+        Path(left).write_text(f"{status}\n")  # for `launch`: torchrun turns a rank's status into 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status in (DONE, STOPPED):

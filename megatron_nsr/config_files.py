@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from megatron_nsr.config import Config
@@ -23,16 +23,23 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises UserError with one line that names the field, its value and what would be right.
     """
+    return parse_config(read_values(path, overrides))
+
+
+def read_values(path: str | Path | None, overrides: list[str] | None = None) -> Any:
+    """A YAML file (None: nothing) with the files it includes and `key=value` overrides as a plain mapping.
+
+    Raises UserError as `load_config` does.
+    """
     for item in overrides or []:
         if "=" not in item:
             raise UserError(f"override {item!r}: write it as section.key=value")
-    written = _read(Path(path), ())
+    written = OmegaConf.create() if path is None else _read(Path(path), ())
     try:
         merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides or [])))
-        values = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError) as error:
         raise UserError(f"config {path}: {' '.join(str(error).split())}") from None
-    return parse_config(values)
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Any:
@@ -59,7 +66,12 @@ def parse_config(values: Any) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("config: " + "; ".join(_describe(item) for item in error.errors())) from None
+        raise UserError(f"config: {describe_errors(error, Config)}") from None
+
+
+def describe_errors(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Every wrong field of a mapping that was validated as `schema`, in one line."""
+    return "; ".join(_describe(item, schema) for item in error.errors())
 
 
 def dump_config(config: Config) -> str:
@@ -67,11 +79,11 @@ def dump_config(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="python", by_alias=True)))
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, schema: type[BaseModel]) -> str:
     """One pydantic error as `field=value: what would be right`."""
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"]).removeprefix(".")
     if item["type"] == "extra_forbidden":
-        return f"{field}: no such key{_nearest(item['loc'])}"
+        return f"{field}: no such key{_nearest(item['loc'], schema)}"
     if item["type"] == "missing":
         return f"{field}: required, but not given"
     if item["type"] == "value_error":
@@ -82,11 +94,12 @@ def _describe(item: Any) -> str:
     return f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
+def _nearest(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """Suggests the schema's keys beside an unknown one."""
-    model: Any = Config
+    model: Any = schema
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
+        annotation = model.model_fields[str(part)].annotation
+        model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))  # a section may be optional
     names = [info.alias or name for name, info in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(names)}"

@@ -58,7 +58,7 @@ def diagnose() -> list[Check]:
         check_package("math-verify", "math_verify", pins),
         check_package("psutil", "psutil", pins, why="without it, saving a checkpoint hangs"),
         check_package("sentencepiece", "sentencepiece", pins),
-        check_package("nemo-run", "nemo_run", pins, why="only `launch` needs it"),
+        check_nemo_run(),
     ]
     machine = [check_gcc(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
     return [check_python(), check_torch(pins), gpu, *packages, *machine, check_versions(pins)]
@@ -201,6 +201,15 @@ def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
     if foreign and not on_gpu:
         return Check("vllm", "warning", f"{' and '.join(foreign)} may break its import on a CPU", f"pip uninstall -y {' '.join(foreign)}")
     return Check("vllm", "ok", f"{wanted} {version}")
+
+
+def check_nemo_run() -> Check:
+    """nemo-run, from its lock file: what it declares would replace versions that training needs."""
+    version = version_of("nemo-run")
+    if version is not None:
+        return Check("nemo-run", "ok", version)
+    lock = f"requirements/launch-py{sys.version_info.major}{sys.version_info.minor}.lock"
+    return Check("nemo-run", "missing", "not installed: only `launch` needs it", f"pip install --no-deps -r {lock}")
 
 
 def check_gcc() -> Check:

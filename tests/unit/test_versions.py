@@ -49,6 +49,7 @@ def test_pyproject_repeats_the_pins() -> None:
     assert exact(PROJECT["dependencies"]) == by_name(VERSIONS["common"])
     assert exact(extras["cpu"]) == by_name(VERSIONS["cpu"]["pins"])
     assert exact(extras["cuda"]) == by_name(VERSIONS["cuda"]["pins"])
+    assert exact(extras["launch"]) == by_name(VERSIONS["launch"])
     assert exact(extras["test"]) == by_name(VERSIONS["test"])
 
 
@@ -92,6 +93,13 @@ def test_the_benchmark_s_peers_are_pinned_and_replace_nothing(tag: str) -> None:
     installed = lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock") | lock(f"test-{tag}.lock") | by_name(VERSIONS["cuda"]["pins"])
     assert not (peers.keys() | cuda.keys()) & installed.keys()
     assert not peers.keys() & cuda.keys()
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_what_launch_adds_replaces_nothing_that_trains(tag: str) -> None:
+    added = lock(f"launch-{tag}.lock")
+    assert {name: added.get(canonicalize_name(name)) for name in VERSIONS["launch"]} == VERSIONS["launch"]
+    assert not added.keys() & (lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock") | lock(f"test-{tag}.lock")).keys()
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -147,7 +155,7 @@ def imported_libraries() -> set[str]:
 
 def test_the_package_imports_only_what_it_declares() -> None:
     columns = VERSIONS["cpu"]["pins"] | VERSIONS["cuda"]["pins"]
-    declared = set(by_name(VERSIONS["common"] | columns)) | {"nemo-run"}  # nemo-run is the user's choice, for `launch` alone
+    declared = set(by_name(VERSIONS["common"] | columns | VERSIONS["launch"]))
     providers = metadata.packages_distributions() | {"transformer_engine": ["transformer-engine"], "nemo_run": ["nemo-run"]}
     undeclared = {name for name in imported_libraries() if not {canonicalize_name(p) for p in providers.get(name, [])} & declared}
     assert undeclared == set()

@@ -1,0 +1,133 @@
+"""The description of where a job runs: one strict section of its own, so that a training config is the same everywhere.
+
+May import: config, config_files, types.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from megatron_nsr.config import NonNegative, Positive, Section
+from megatron_nsr.config_files import describe_errors, read_values
+from megatron_nsr.types import UserError
+
+PREFIX = "cluster."
+SUBMITTED_BY = {
+    "slurm": ("sbatch", "launch from a login node of the cluster"),
+    "docker": ("docker", "install Docker, or take executor=local"),
+    "skypilot": ("sky", "pip install skypilot, in an environment of its own, and put its sky on PATH"),
+}
+Name = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+class RolloutServers(Section):
+    nodes: Positive = Field(description="nodes that only sample, beside those that train")
+    servers_per_node: Positive = Field(1, description="servers a node; each takes rollout.tensor_parallel of its GPUs")
+
+
+class SlurmSettings(Section):
+    account: str | None = Field(None, description="sbatch --account")
+    partition: str | None = Field(None, description="sbatch --partition")
+    qos: str | None = Field(None, description="sbatch --qos")
+    time: str = Field("04:00:00", description="sbatch --time; a job that has not finished by then queues again and goes on")
+    grace_s: NonNegative = Field(600, description="how long before that the trainer is told to write its checkpoint, seconds")
+    options: dict[str, str | int | Literal[True]] = Field(
+        default_factory=dict, description="further options of sbatch by their long names, as reservation: NAME; true gives the bare option"
+    )
+
+
+class SkypilotSettings(Section):
+    infra: str | None = Field(None, description="where SkyPilot looks for machines: aws, gcp, k8s, k8s/CONTEXT, ...; null: wherever it may")
+    gpu: str | None = Field(None, description="SkyPilot's name of the GPU, as H200; gpus_per_node of them a node")
+    spot: bool = Field(False, description="interruptible machines")
+
+
+class Cluster(Section):
+    """Where a job runs."""
+
+    executor: Literal["local", "docker", "slurm", "skypilot"] = Field("local", description="what starts the job")
+    nodes: Positive = Field(1, description="nodes that train")
+    gpus_per_node: Positive | None = Field(None, description="GPUs to ask for on each node; null asks for none")
+    processes_per_node: Positive | None = Field(None, description="ranks a node; null is one a GPU, or one where gpus_per_node is null")
+    image: str | None = Field(
+        None, description="container image: of a registry, or for slurm a .sqsh file too; null (local, slurm, skypilot) runs without one"
+    )
+    mounts: list[str] = Field(
+        default_factory=list,
+        description="further paths for the container, SOURCE:PATH, or PATH alone where both are the same; the working directory is always "
+        "there. With skypilot a SOURCE is a bucket, as s3://name",
+    )
+    python: str | None = Field(
+        None,
+        description="the job's Python, by a name on its PATH or a path; null: launch's own, or python in an image or a cloud",
+    )
+    environment: dict[Name, str | int | float] = Field(
+        default_factory=dict, description="environment variables of the job, for everybody to see"
+    )
+    secrets: list[Name] = Field(
+        default_factory=list,
+        description="names of environment variables that the job gets with the values that they have where `launch` runs; values are never "
+        "written or shown",
+    )
+    setup: list[str] = Field(default_factory=list, description="shell lines before Python starts, as module load cuda")
+    rollout: RolloutServers | None = Field(None, description="nodes with rollout servers of the job's own; sets rollout.mode=server")
+    slurm: SlurmSettings = SlurmSettings()
+    skypilot: SkypilotSettings = SkypilotSettings()
+
+    @property
+    def interpreter(self) -> str:
+        return self.python or ("python" if self.image or self.executor == "skypilot" else sys.executable)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.processes_per_node or self.gpus_per_node or 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cluster:
+        if self.executor in ("local", "docker") and self.nodes > 1:
+            raise ValueError(f"nodes={self.nodes}: executor={self.executor} has one; use slurm or skypilot")
+        if self.rollout and self.executor != "slurm":
+            raise ValueError(
+                f"rollout: only executor=slurm starts rollout servers, and this is {self.executor}; see rollouts.md for others"
+            )
+        if self.executor == "docker" and not self.image:
+            raise ValueError("image: required with executor=docker, but not given")
+        if self.mounts and not self.image and self.executor != "skypilot":
+            raise ValueError("mounts: nothing is mounted without a container; give an image, or leave them out")
+        if both := set(self.secrets) & set(self.environment):
+            raise ValueError(f"secrets: {', '.join(sorted(both))} stands in environment too; leave it in one")
+        return self
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the run's, the cluster's without their `cluster.`), each in the order given."""
+    ours = [item.removeprefix(PREFIX) for item in overrides if item.startswith(PREFIX)]
+    return [item for item in overrides if not item.startswith(PREFIX)], ours
+
+
+def load_cluster(path: Path | None, executor: str | None, overrides: Sequence[str]) -> Cluster:
+    """A cluster's YAML file (none: the defaults) with the executor and `key=value` overrides on top.
+
+    Raises UserError naming the field, its value and what would be right.
+    """
+    chosen = [f"executor={executor}"] if executor else []
+    try:
+        return Cluster.model_validate(read_values(path, [*chosen, *overrides]))
+    except ValidationError as error:
+        raise UserError(f"{path or 'cluster'}: {describe_errors(error, Cluster)}") from None
+
+
+def check_here(cluster: Cluster) -> None:
+    """Raises UserError where this shell lacks what submitting needs: the executor's program, or a value for a secret."""
+    program, remedy = SUBMITTED_BY.get(cluster.executor, (None, ""))
+    if program and shutil.which(program) is None:
+        raise UserError(f"cluster.executor={cluster.executor}: there is no {program} here; {remedy}")
+    if unset := [name for name in cluster.secrets if not os.environ.get(name)]:
+        raise UserError(f"cluster.secrets: {', '.join(unset)} not set in this shell; export it, or leave it out of secrets")

@@ -1,0 +1,150 @@
+"""`megatron-nsr launch`: from a config and a cluster to a job that runs, and to its exit status.
+
+May import: this package, config, config_files, observability, types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_nsr.config import Config
+from megatron_nsr.config_files import dump_config, load_config
+from megatron_nsr.launch import nemo, scripts, skypilot
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides
+from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
+from megatron_nsr.launch.source import find_source
+from megatron_nsr.launch.waiting import exit_status, interrupt, wait_for
+from megatron_nsr.types import UserError
+
+# `launch` fills in what the servers announce; a run without servers is refused before.
+SERVERS_TO_COME = ["rollout.mode=server", "rollout.servers=[http://announced-by-the-servers:8000]"]
+
+
+def launch(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    cluster_file: Path | None,
+    executor: str | None,
+    dry_run: bool,
+    detach: bool,
+    follow: bool,
+    uncommitted: bool,
+) -> int:
+    """Submits the job and waits for it; the exit status is the job's. Raises UserError for wrong input, before anything is submitted."""
+    job = plan_job(config, overrides, cluster_file=cluster_file, executor=executor, dry_run=dry_run, uncommitted=uncommitted)
+    if dry_run:
+        print(describe(job), end="")
+        return 0
+    if detach and job.cluster.executor != "slurm":
+        raise UserError(
+            f"--detach: a job of executor={job.cluster.executor} ends with its launch; use slurm, or nohup megatron-nsr launch ..."
+        )
+    nemo.require()
+    prepare(job)
+    print(f"job {job.id}: logs in {job.directory.path}, run in {job.record().run}", flush=True)
+    if detach:
+        nemo.submit(job, None)
+        print(f"megatron-nsr job status|logs|cancel {job.id}")
+        return 0
+    state = nemo.submit(job, lambda current: wait_for(job.directory, job.record(), current, follow=follow))
+    return exit_status(job.directory, job.record(), state, followed=follow)
+
+
+def plan_job(
+    config: Path, overrides: Sequence[str], *, cluster_file: Path | None, executor: str | None, dry_run: bool, uncommitted: bool
+) -> Job:
+    """Everything that is decided before anything is written. Raises UserError for whatever is wrong."""
+    own, of_cluster = split_overrides(overrides)
+    cluster = load_cluster(cluster_file, executor, of_cluster)
+    settings = load_config(config, [*own, *(SERVERS_TO_COME if cluster.rollout else [])])
+    cwd = Path.cwd()
+    job = new_job(settings, cluster, find_source(cwd, uncommitted=uncommitted), cwd, dry_run=dry_run)
+    if cluster.executor == "skypilot":
+        skypilot.check_mounted(job)
+    elif cluster.image:
+        _check_mounted(settings, cluster, cwd)
+    if not dry_run:
+        check_here(cluster)
+    return job
+
+
+def files(job: Job) -> dict[str, str]:
+    """The scripts in the job's directory, by name."""
+    executor = job.cluster.executor
+    if executor == "slurm":
+        return {"train.sh": scripts.slurm_rank(job)} | ({"serve.sh": scripts.slurm_server(job)} if job.cluster.rollout else {})
+    if executor == "skypilot":
+        there = skypilot.on_its_machines(job)
+        return {"train.sh": scripts.skypilot_node(there), "task.yaml": skypilot.task(job), "start.sh": scripts.skypilot_start(job)}
+    start = scripts.docker_start(job) if executor == "docker" else scripts.local_start(job)
+    return {"train.sh": scripts.torchrun_node(job), "start.sh": start}
+
+
+def describe(job: Job) -> str:
+    """What would be submitted: the commit, every script, and for Slurm the one that sbatch gets."""
+    source = job.source
+    code = f"commit {source.commit}{' with uncommitted changes' if source.changed else ''}" if source else "none: what is installed there"
+    parts = [f"# job {job.id} in {job.directory.path}\n# code: {code}\n# config: {job.directory.config}, resolved\n"]
+    if job.cluster.secrets:
+        parts.append(f"# secrets, by name: {', '.join(job.cluster.secrets)}\n")
+    shown = files(job)
+    if job.cluster.executor == "slurm":
+        shown["sbatch"] = nemo.render_batch_script(job)
+    parts += [f"\n===== {name} =====\n{text.rstrip()}\n" for name, text in shown.items()]
+    return "".join(parts)
+
+
+def prepare(job: Job) -> None:
+    """Writes the job's directory."""
+    job.directory.path.mkdir(parents=True)
+    if job.source:
+        job.source.ship(job.directory.code)
+    job.directory.config.write_text(dump_config(job.config), encoding="utf-8")
+    for name, text in files(job).items():
+        (job.directory.path / name).write_text(text, encoding="utf-8")
+    write_record(job)
+
+
+def show_status(identity: str) -> None:
+    """Prints what the job and its run are doing."""
+    directory, record = find_job(identity)
+    print(f"{record.id}: {_state(identity)}")
+    print(progress(record.run))
+    if (status := directory.status()) is not None:
+        print(f"exit status {status}")
+
+
+def show_logs(identity: str, *, follow: bool) -> None:
+    """Prints the log so far; with `follow` until the job has ended."""
+    directory, record = find_job(identity)
+    if follow:
+        wait_for(directory, record, lambda: _state(identity), follow=True)
+    else:
+        print("\n".join(directory.last_lines(10**6)))
+
+
+def cancel(identity: str) -> None:
+    """Asks the job to stop after a checkpoint, and not to queue again; what has not started is removed."""
+    directory, record = find_job(identity)
+    number = nemo.state(record)[1] if record.executor == "slurm" else None
+    interrupt(directory, number)
+    print(f"{identity}: told to stop after a checkpoint")
+
+
+def _state(identity: str) -> str:
+    directory, record = find_job(identity)
+    if record.executor == "slurm":
+        return nemo.state(record)[0]
+    return "RUNNING" if directory.status() is None else "ENDED"
+
+
+def _check_mounted(config: Config, cluster: Cluster, cwd: Path) -> None:
+    """A path that the container does not see is found here, and not by a job that has queued for a day."""
+    targets = [cwd, *(Path(mount.rpartition(":")[2]) for mount in cluster.mounts)]
+    paths = {"run.dir": config.run.dir, "model.path": config.model.path, "data.train": config.data.train}
+    paths |= {f"evaluation.benchmarks.{name}": path for name, path in config.evaluation.benchmarks.items()}
+    for field, path in paths.items():
+        if path is not None and not any((cwd / path).is_relative_to(target) for target in targets):
+            raise UserError(f"{field}={path}: the container does not see it; add its directory to cluster.mounts")

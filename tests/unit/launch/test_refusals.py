@@ -1,0 +1,133 @@
+"""What `launch` refuses, before anything is written or submitted, with the line that helps."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+from megatron_nsr.launch import nemo
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster
+from megatron_nsr.launch.command import plan_job
+from megatron_nsr.launch.job import Job, find_job
+from megatron_nsr.launch.source import find_source
+from megatron_nsr.types import UserError
+
+CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+IMAGE = "cluster.image=example/image"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clean checkout of one commit, and the working directory."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / "reward.py").write_text("version = 1\n")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "first")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    return folder
+
+
+def plan(*overrides: str, executor: str | None = None, uncommitted: bool = False) -> Job:
+    return plan_job(CONFIG, overrides, cluster_file=None, executor=executor, dry_run=False, uncommitted=uncommitted)
+
+
+@pytest.mark.parametrize(
+    ("executor", "overrides", "message"),
+    [
+        ("slrum", [], "cluster: executor='slrum': input should be 'local', 'docker', 'slurm' or 'skypilot'"),
+        (None, ["cluster.node=2"], "cluster: node: no such key; did you mean nodes?"),
+        (None, ["cluster.nodes=0"], "cluster: nodes=0: input should be greater than or equal to 1"),
+        (None, ["cluster.nodes=2"], "cluster: nodes=2: executor=local has one; use slurm or skypilot"),
+        ("docker", [], "cluster: image: required with executor=docker, but not given"),
+        ("docker", ["cluster.rollout.nodes=1", IMAGE], "cluster: rollout: only executor=slurm starts rollout servers"),
+        ("slurm", ["cluster.rollout.node=1"], "rollout.node: no such key; did you mean nodes?"),
+        ("slurm", ["cluster.mounts=[/data]"], "cluster: mounts: nothing is mounted without a container"),
+        ("slurm", ["cluster.secrets=[A-B]"], "cluster: secrets[0]='A-B'"),
+        ("slurm", ["cluster.secrets=[A]", "cluster.environment.A=1"], "cluster: secrets: A stands in environment too"),
+        (
+            "docker",
+            [IMAGE, "model.path=/models/q"],
+            "model.path=/models/q: the container does not see it; add its",
+        ),
+        ("skypilot", ["cluster.mounts=[/data]"], "cluster.mounts: /data is no bucket and path"),
+        ("skypilot", ["cluster.mounts=['s3://a:/a']"], "run.dir=runs/quickstart/nsr: lies in none of cluster.mounts"),
+        (None, ["cluster.secrets=[NOT_SET_ANYWHERE]"], "cluster.secrets: NOT_SET_ANYWHERE not set in this shell; export it"),
+        (None, ["objective.nam=nsr"], "config: objective.nam: no such key; did you mean name?"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_field(checkout: Path, executor: str | None, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        plan(*overrides, executor=executor)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not (checkout.parent / "home").exists()
+
+
+def test_uncommitted_changes_are_refused_and_shipped_when_told_without_touching_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    first = plan().source
+    assert first and first.commit == git(checkout, "rev-parse", "HEAD")
+    (checkout / "reward.py").write_text("version = 2\n")
+    (checkout / "notes.txt").write_text("not tracked")
+    with pytest.raises(UserError, match=r"uncommitted changes in reward\.py; commit them, or launch with --uncommitted"):
+        plan()
+    before = git(checkout, "status", "--porcelain")
+    source = plan(uncommitted=True).source
+    assert source and source.changed
+    source.ship(tmp_path / "new")
+    first.ship(tmp_path / "old")
+    assert (tmp_path / "new" / "reward.py").read_text() == "version = 2\n" and not (tmp_path / "new" / "notes.txt").exists()
+    assert (tmp_path / "old" / "reward.py").read_text() == "version = 1\n"
+    assert git(checkout, "status", "--porcelain") == before and git(checkout, "stash", "list") == ""
+
+
+def test_outside_a_checkout_only_what_is_installed_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(UserError, match="no git checkout with a commit; launch from one, or with --uncommitted"):
+        find_source(tmp_path, uncommitted=False)
+    assert find_source(tmp_path, uncommitted=True) is None
+
+
+def test_a_secret_that_is_set_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "value")
+    check_here(Cluster(secrets=["MY_TOKEN"]))
+
+
+@pytest.mark.parametrize(("executor", "program"), [("slurm", "sbatch"), ("docker", "docker"), ("skypilot", "sky")])
+def test_a_program_that_is_not_here(executor: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster.model_validate({"executor": executor, "image": "example/image"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=f"cluster.executor={executor}: there is no {program} here; "):
+        check_here(cluster)
+    (tmp_path / program).write_text("#!/bin/sh\n")
+    (tmp_path / program).chmod(0o755)
+    check_here(cluster)
+
+
+def test_a_missing_nemo_run_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = util.find_spec
+    monkeypatch.setattr(nemo, "find_spec", lambda name: None if name == "nemo_run" else found(name))
+    with pytest.raises(UserError, match=r"pip install --no-deps -r requirements/launch-py3\d+\.lock"):
+        nemo.require()
+
+
+def test_a_job_that_was_never_launched(checkout: Path) -> None:
+    with pytest.raises(UserError, match=r"job nsr_1: not in .*home/megatron_nsr; there is none"):
+        find_job("nsr_1")
+
+
+def test_a_cluster_s_file_may_include_another_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("executor: slurm\nslurm: {account: us}\n")
+    (tmp_path / "four.yaml").write_text("include: site.yaml\nnodes: 4\ngpus_per_node: 8\n")
+    cluster = load_cluster(tmp_path / "four.yaml", None, ["slurm.partition=h200", "nodes=2"])
+    assert (cluster.executor, cluster.nodes, cluster.ranks_per_node) == ("slurm", 2, 8)
+    assert (cluster.slurm.account, cluster.slurm.partition) == ("us", "h200")
