@@ -53,9 +53,9 @@ $(INSTALLED): $(LOCKS) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock)
+$(TEST_INSTALLED): $(INSTALLED) $(wildcard requirements/test-$(TAG).lock) requirements/mlflow.lock
 	@echo "Installing the test tools ..."
-	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
+	@$(PIP) --no-deps -r requirements/test-$(TAG).lock -r requirements/mlflow.lock
 	@touch $@
 
 # Any Chromium or Chrome will do; where there is none, Debian's is installed if that needs no question.

@@ -49,6 +49,7 @@ def test_pyproject_repeats_the_pins() -> None:
     assert exact(PROJECT["dependencies"]) == by_name(VERSIONS["common"])
     assert exact(extras["cpu"]) == by_name(VERSIONS["cpu"]["pins"])
     assert exact(extras["cuda"]) == by_name(VERSIONS["cuda"]["pins"])
+    assert exact(extras["mlflow"]) == by_name(VERSIONS["mlflow"])
     assert exact(extras["test"]) == by_name(VERSIONS["test"])
 
 
@@ -92,6 +93,16 @@ def test_the_benchmark_s_peers_are_pinned_and_replace_nothing(tag: str) -> None:
     installed = lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock") | lock(f"test-{tag}.lock") | by_name(VERSIONS["cuda"]["pins"])
     assert not (peers.keys() | cuda.keys()) & installed.keys()
     assert not peers.keys() & cuda.keys()
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_mlflow_is_locked_with_all_it_needs_and_replaces_nothing(tag: str) -> None:
+    added, locked = lock("mlflow.lock"), lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock")
+    assert {name: added.get(name) for name in VERSIONS["mlflow"]} == VERSIONS["mlflow"]
+    assert not added.keys() & (locked.keys() | lock(f"test-{tag}.lock").keys())
+    environment = {"python_version": tag[2] + "." + tag[3:], "python_full_version": f"{tag[2]}.{tag[3:]}.9"}
+    missing = [str(r) for name in added for r in needs(name, frozenset(), environment) if canonicalize_name(r.name) not in added | locked]
+    assert missing == []
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -146,7 +157,7 @@ def imported_libraries() -> set[str]:
 
 
 def test_the_package_imports_only_what_it_declares() -> None:
-    columns = VERSIONS["cpu"]["pins"] | VERSIONS["cuda"]["pins"]
+    columns = VERSIONS["cpu"]["pins"] | VERSIONS["cuda"]["pins"] | VERSIONS["mlflow"]
     declared = set(by_name(VERSIONS["common"] | columns)) | {"nemo-run"}  # nemo-run is the user's choice, for `launch` alone
     providers = metadata.packages_distributions() | {"transformer_engine": ["transformer-engine"], "nemo_run": ["nemo-run"]}
     undeclared = {name for name in imported_libraries() if not {canonicalize_name(p) for p in providers.get(name, [])} & declared}
