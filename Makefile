@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test test-vllm-0.26 test-wheel lint format quickstart quickstart-base reproduce reproduce-full bench-deps clean
+.PHONY: help install browser test test-vllm-0.26 test-wheel test-docker lint format quickstart quickstart-base reproduce reproduce-full bench-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -105,6 +105,10 @@ test-wheel: $(TEST_INSTALLED) ## build the packages, install the wheel in a fres
 	$(WHEEL_PIP) --no-deps dist/megatron_nsr-*.whl
 	tools/try_installed.sh $(WHEEL_VENV)
 	@rm -rf $(WHEEL_VENV)
+
+# TORCH_WHEELS=FOLDER as above. Needs no Docker daemon: tools/build_cpu_image.sh says what it does without one.
+test-docker: ## build the image's cpu target and train two steps in it
+	tools/build_cpu_image.sh
 
 lint: $(TEST_INSTALLED) ## ruff, its formatter in checking mode, mypy
 	@status=0; \
