@@ -33,9 +33,9 @@ LABEL org.opencontainers.image.title="megatron-nsr" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# Triton and torch.compile call a compiler at run time.
+# Triton and torch.compile call a compiler at run time; vLLM's CPU build loads libnuma.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ gcc libc6-dev python3 python3-dev \
+    && apt-get install -y --no-install-recommends g++ gcc libc6-dev libnuma1 python3 python3-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 nsr \
     && install --directory --owner nsr --group nsr /workspace

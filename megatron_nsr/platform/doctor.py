@@ -5,6 +5,7 @@ May import: nothing of the package, so that it still runs where an import of tor
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sys
@@ -24,10 +25,12 @@ from rich.text import Text
 PROJECT = "megatron_nsr"
 PYTHONS = ((3, 11), (3, 12))
 MIN_SHM_GIB = 1.0
+LIBNUMA = "libnuma.so.1"
 # vLLM's CPU build declares these; their default builds are linked to CUDA and break `import vllm`.
 CUDA_LINKED = ("torchvision", "torchaudio", "torchcodec")
 NEEDED = ("Python", "torch", "megatron-core", "vllm", "transformers", "math-verify", "sentencepiece", "psutil")
 NEEDED_ON_GPU = ("transformer-engine", "NCCL")
+NEEDED_ON_CPU = ("libnuma",)
 # Its part for torch is compiled where it is installed, against the torch that is there.
 COMPILED = ("transformer-engine",)
 # versions.toml. No registry has NVIDIA's apex, and without the two variables it builds without its kernels.
@@ -70,7 +73,7 @@ def diagnose() -> list[Check]:
         check_package("sentencepiece", "sentencepiece", pins),
         check_package("nemo-run", "nemo_run", pins, why="only `launch` needs it"),
     ]
-    machine = [check_gcc(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
+    machine = [check_gcc(), check_libnuma(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
     return [check_python(), check_torch(pins), gpu, *packages, *gpu_parts(on_gpu, cuda), *machine, check_versions(pins)]
 
 
@@ -86,7 +89,7 @@ def gpu_parts(on_gpu: bool, cuda: dict[str, Requirement]) -> list[Check]:
 def can_train(checks: Sequence[Check]) -> bool:
     """True where every package of one path is there: the CUDA path if a GPU is visible, the CPU path otherwise."""
     status = {check.name: check.status for check in checks}
-    needed = NEEDED + (NEEDED_ON_GPU if status["GPU"] == "ok" else ())
+    needed = NEEDED + (NEEDED_ON_GPU if status["GPU"] == "ok" else NEEDED_ON_CPU)
     return all(status[name] != "missing" for name in needed)
 
 
@@ -278,6 +281,15 @@ def check_gcc() -> Check:
     if compiler:
         return Check("gcc", "ok", compiler)
     return Check("gcc", "missing", "not found: Triton and torch.compile need it", "apt-get install gcc")
+
+
+def check_libnuma() -> Check:
+    """The library that vLLM's CPU build loads and does not bring."""
+    try:
+        ctypes.CDLL(LIBNUMA)
+    except OSError:
+        return Check("libnuma", "missing", "not found: vLLM's CPU build needs it", "apt-get install libnuma1")
+    return Check("libnuma", "ok", LIBNUMA)
 
 
 def check_shared_memory(path: Path) -> Check:

@@ -44,7 +44,7 @@ def with_status(checks: list[Check], **changes: str) -> list[Check]:
 
 def test_an_installed_environment_can_train_and_names_every_part(checks: list[Check]) -> None:
     found = {check.name: check for check in checks}
-    named = {"GPU", "apex", "triton", "nemo-run", "nvcc", "gcc", "/dev/shm", "cores", "OMP_NUM_THREADS", "versions"}
+    named = {"GPU", "apex", "triton", "nemo-run", "nvcc", "gcc", "libnuma", "/dev/shm", "cores", "OMP_NUM_THREADS", "versions"}
     named |= {*doctor.NEEDED, *doctor.NEEDED_ON_GPU} | (set() if found["GPU"].status == "ok" else {"torch for CUDA", "vllm for CUDA"})
     assert named == set(found)
     assert doctor.can_train(checks)
@@ -63,9 +63,10 @@ def test_training_needs_each_of_these(checks: list[Check], name: str) -> None:
 @pytest.mark.parametrize("name", doctor.NEEDED_ON_GPU)
 def test_a_gpu_needs_each_of_these_and_a_cpu_does_not(checks: list[Check], name: str) -> None:
     complete = dict.fromkeys(doctor.NEEDED_ON_GPU, "ok")
-    assert doctor.can_train(with_status(checks, GPU="warning", **complete | {name: "missing"}))
+    assert doctor.can_train(with_status(checks, GPU="warning", libnuma="ok", **complete | {name: "missing"}))
     assert not doctor.can_train(with_status(checks, GPU="ok", **complete | {name: "missing"}))
-    assert doctor.can_train(with_status(checks, GPU="ok", **complete))
+    assert doctor.can_train(with_status(checks, GPU="ok", libnuma="missing", **complete))
+    assert not doctor.can_train(with_status(checks, GPU="warning", libnuma="missing", **complete))
 
 
 def test_each_missing_part_of_a_gpu_machine_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +204,8 @@ def test_an_unsupported_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert (check.status, check.remedy) == ("missing", "make install PYTHON=python3.11")
 
 
-def test_no_compiler_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_compiler_and_no_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "LIBNUMA", "libno-such-library.so.1")
     assert doctor.check_gcc().remedy == "apt-get install gcc"
+    assert doctor.check_libnuma().remedy == "apt-get install libnuma1"
