@@ -1,7 +1,8 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test test-slurm test-vllm-0.26 lint format quickstart quickstart-base reproduce reproduce-full bench-deps launch-deps clean
+.PHONY: help install browser test test-slurm test-vllm-0.26 test-wheel test-docker lint format quickstart quickstart-base reproduce
+.PHONY: reproduce-full bench-deps launch-deps clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +24,7 @@ LAUNCH_INSTALLED := $(VENV)/.launch-installed-$(TAG)
 SLURM_SANDBOX ?= /tmp/megatron_nsr_slurm
 PEERS := $(VENV)/bench-peers
 OLD_VENV := .venv-vllm-0.26
+WHEEL_VENV := .venv-wheel
 OLD_INSTALLED := $(OLD_VENV)/.installed-$(TAG)
 LOCKS := requirements/cpu-torch.lock $(wildcard requirements/cpu-$(TAG).lock)
 
@@ -32,6 +34,7 @@ make_venv = $(PYTHON) -m venv --clear $(1) >/dev/null 2>&1 || { $(PYTHON) -m ven
   $(PYTHON) -m pip --python $(1)/bin/python install -qq --disable-pip-version-check pip; }
 PIP_OPTIONS := install -qq --disable-pip-version-check --no-input
 PIP := $(BIN)/python -m pip $(PIP_OPTIONS)
+WHEEL_PIP := $(WHEEL_VENV)/bin/python -m pip $(PIP_OPTIONS)
 OLD_PIP := $(OLD_VENV)/bin/python -m pip $(PIP_OPTIONS)
 TORCH_SOURCE := $(if $(TORCH_WHEELS),$(if $(findstring ://,$(TORCH_WHEELS)),--extra-index-url,--find-links) "$(TORCH_WHEELS)")
 
@@ -62,9 +65,9 @@ $(LAUNCH_INSTALLED): $(INSTALLED) $(wildcard requirements/launch-$(TAG).lock)
 	@$(PIP) --no-deps -r requirements/launch-$(TAG).lock
 	@touch $@
 
-$(TEST_INSTALLED): $(LAUNCH_INSTALLED) $(wildcard requirements/test-$(TAG).lock)
+$(TEST_INSTALLED): $(LAUNCH_INSTALLED) $(wildcard requirements/test-$(TAG).lock) requirements/mlflow.lock
 	@echo "Installing the test tools ..."
-	@$(PIP) --no-deps -r requirements/test-$(TAG).lock
+	@$(PIP) --no-deps -r requirements/test-$(TAG).lock -r requirements/mlflow.lock
 	@touch $@
 
 # Any Chromium or Chrome will do; where there is none, Debian's is installed if that needs no question.
@@ -107,6 +110,22 @@ $(OLD_INSTALLED): $(LOCKS) requirements/vllm-0.26-torch.lock requirements/vllm-0
 	@$(OLD_PIP) --no-deps -r $(OLD_VENV)/merged.lock
 	@touch $@
 
+# Nothing of .venv but the tool that builds is used: an environment from the lock files, the wheel in it, two training steps.
+test-wheel: $(TEST_INSTALLED) ## build the packages, install the wheel in a fresh environment, train two steps there
+	@rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m build --no-isolation
+	@$(call make_venv,$(WHEEL_VENV))
+	@echo "Installing the pinned packages ..."
+	@$(WHEEL_PIP) $(TORCH_SOURCE) -c requirements/cpu-$(TAG).lock -r requirements/cpu-torch.lock
+	@$(WHEEL_PIP) --no-deps -r requirements/cpu-$(TAG).lock
+	$(WHEEL_PIP) --no-deps dist/megatron_nsr-*.whl
+	tools/try_installed.sh $(WHEEL_VENV)
+	@rm -rf $(WHEEL_VENV)
+
+# TORCH_WHEELS=FOLDER as above. Needs no Docker daemon: tools/build_cpu_image.sh says what it does without one.
+test-docker: ## build the image's cpu target and train two steps in it
+	tools/build_cpu_image.sh
+
 lint: $(TEST_INSTALLED) ## ruff, its formatter in checking mode, mypy
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \
@@ -141,5 +160,5 @@ $(PEERS)/.installed-$(TAG): $(INSTALLED) $(wildcard requirements/bench-$(TAG).lo
 	@touch $@
 
 clean: ## remove .venv, caches and build output (runs/ stays)
-	rm -rf $(VENV) $(OLD_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD_VENV) $(WHEEL_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

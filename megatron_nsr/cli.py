@@ -23,7 +23,6 @@ DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 RANK_0_SPEAKS_FIRST_S = 1.0  # torchrun looks at its processes every 0.1 s
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="RLVR at Megatron scale, split by the sign of the reward.",
@@ -278,6 +277,22 @@ def plan(
 
 
 @app.command()
+def examples(
+    out: Annotated[Path, typer.Option(help="the folder that gets configs/, examples/ and tools/")],
+) -> None:
+    """Copies the configs, examples and tools that came with an installed package; `python -m examples.quickstart` runs there."""
+
+    def work() -> int:
+        from megatron_nsr.platform.shipped_files import copy_shipped_files
+
+        for folder in copy_shipped_files(out):
+            typer.echo(str(folder))
+        return DONE
+
+    _exit(work)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what works here, what is missing and how to get it."""
 
@@ -297,7 +312,7 @@ def main() -> None:
     """The console script. One thread a rank unless told otherwise: ranks and the engine share the cores."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ignore_library_warnings()
-    app()
+    app(prog_name="megatron-nsr")  # under `python -m` too: shell completion makes names of functions and variables of it
 
 
 def _exit(work: Callable[[], int]) -> None:

@@ -317,6 +317,11 @@ class LoggingConfig(Section):
         "disabled", description="Weights & Biases; offline writes RUN/wandb for a later `wandb sync`"
     )
     wandb_project: str = Field("megatron_nsr", description="project in Weights & Biases")
+    mlflow: str | None = Field(None, description="MLflow's tracking URI, such as http://HOST:5000; null is no MLflow")
+    mlflow_experiment: str = Field("megatron_nsr", description="experiment in MLflow")
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="port of rank 0's machine on which Prometheus finds the newest metrics, at /metrics; null is none"
+    )
     sign_norms_every: NonNegative = Field(
         10,
         description="steps between measurements of the gradient norm that each sign sends into the LM head, a fourth matrix product of "

@@ -111,6 +111,9 @@ def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> 
         tensorboard=settings.tensorboard,
         wandb=settings.wandb,
         wandb_project=settings.wandb_project,
+        mlflow=settings.mlflow,
+        mlflow_experiment=settings.mlflow_experiment,
+        prometheus_port=settings.prometheus_port,
         config=flat_config(config),
     )
     return Loggers((loggers, StateLogger(run))) if distributed.rank() == 0 else loggers

@@ -1,6 +1,6 @@
-"""Where a step's metrics go: JSONL, TensorBoard, Weights & Biases and the console, behind one protocol.
+"""Where a step's metrics go: JSONL, TensorBoard, Weights & Biases, MLflow, Prometheus and the console, behind one protocol.
 
-May import: types and libraries; TensorBoard and wandb only where they are switched on.
+May import: types and libraries; TensorBoard, wandb and the loggers of other modules only where they are switched on.
 """
 
 from __future__ import annotations
@@ -178,19 +178,32 @@ def build_loggers(
     tensorboard: bool,
     wandb: Literal["disabled", "offline", "online"],
     wandb_project: str,
+    mlflow: str | None,
+    mlflow_experiment: str,
+    prometheus_port: int | None,
     config: Mapping[str, Any],
 ) -> Loggers:
     """The loggers that the settings name, JSONL and console always; only rank 0 gets any.
 
-    config: what wandb shows as the run's settings. Raises UserError where a chosen logger is not installed.
+    config: what wandb and MLflow show as the run's settings. Raises UserError where a chosen logger is not installed or cannot start.
     """
     if rank != 0:
         return Loggers(())
     loggers: list[MetricLogger] = [JsonlLogger(run.metrics, completed_steps)]
     if tensorboard:
         loggers.append(TensorBoardLogger(run.tensorboard, completed_steps))
+    if prometheus_port is not None:
+        from megatron_nsr.observability.prometheus_logger import PrometheusLogger
+
+        loggers.append(PrometheusLogger(port=prometheus_port, run=run.path.name))
     if wandb != "disabled":
         loggers.append(WandbLogger(run, mode=wandb, project=wandb_project, config=config))
+    if mlflow is not None:
+        from megatron_nsr.observability.mlflow_logger import MlflowLogger
+
+        loggers.append(
+            MlflowLogger(run, uri=mlflow, experiment=mlflow_experiment, steps=steps, completed_steps=completed_steps, config=config)
+        )
     return Loggers([*loggers, ConsoleLogger(title, steps, completed_steps)])
 
 

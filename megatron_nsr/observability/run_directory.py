@@ -78,6 +78,11 @@ class RunDirectory:
         return self.path / "wandb"
 
     @property
+    def mlflow_run_id(self) -> Path:
+        """Names the run in MLflow that a resumed run goes on with."""
+        return self.path / "mlflow_run_id"
+
+    @property
     def hf(self) -> Path:
         """The final policy as a Hugging Face directory."""
         return self.path / "hf"

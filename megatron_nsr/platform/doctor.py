@@ -5,11 +5,12 @@ May import: nothing of the package, so that it still runs where an import of tor
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,22 +25,35 @@ from rich.text import Text
 PROJECT = "megatron_nsr"
 PYTHONS = ((3, 11), (3, 12))
 MIN_SHM_GIB = 1.0
+LIBNUMA = "libnuma.so.1"
 # vLLM's CPU build declares these; their default builds are linked to CUDA and break `import vllm`.
 CUDA_LINKED = ("torchvision", "torchaudio", "torchcodec")
 NEEDED = ("Python", "torch", "megatron-core", "vllm", "transformers", "math-verify", "sentencepiece", "psutil")
-NEEDED_ON_GPU = ("transformer-engine",)
+NEEDED_ON_GPU = ("transformer-engine", "NCCL")
+NEEDED_ON_CPU = ("libnuma",)
+# Its part for torch is compiled where it is installed, against the torch that is there.
+COMPILED = ("transformer-engine",)
+# versions.toml. No registry has NVIDIA's apex, and without the two variables it builds without its kernels.
+APEX_COMMIT = "becbb77cea4cb54f2929f7c938a0a6f7dd1fdc39"
+APEX_SOURCE = f"git+https://github.com/NVIDIA/apex@{APEX_COMMIT}"
+INSTALL_APEX = f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation {APEX_SOURCE}"
+INSTALL_NVCC = "apt-get install cuda-toolkit-13-0  # from NVIDIA's repository, or use the image of docs/containers.md"
+ONLY_GPUS = "only GPUs need it"
+FOR_GPUS = "On a machine with GPUs, in an environment of its own, in this order (docs/containers.md has an image of it):"
 
 Status = Literal["ok", "missing", "warning"]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding; `remedy` is the command that mends it, empty where all is well or no command can."""
+    """One finding; `remedy` is the command that mends it, empty where all is well or no command can; `gpu`: a machine without GPUs does
+    not need it."""
 
     name: str
     status: Status
     detail: str
     remedy: str = ""
+    gpu: bool = False
 
 
 def diagnose() -> list[Check]:
@@ -47,11 +61,10 @@ def diagnose() -> list[Check]:
     requirements = project_requirements()
     gpu = check_gpu()
     on_gpu = gpu.status == "ok"
-    pins = pinned(requirements, "cuda" if on_gpu else "cpu")
+    cuda = pinned(requirements, "cuda")
+    pins = cuda if on_gpu else pinned(requirements, "cpu")
     packages = [
         check_package("megatron-core", "megatron.core", pins),
-        check_package("transformer-engine", "transformer_engine", pinned(requirements, "cuda"), why="only GPUs need it"),
-        check_apex(),
         check_vllm(on_gpu, pins),
         check_package("transformers", "transformers", pins),
         check_package("triton", "triton", pins),
@@ -60,14 +73,23 @@ def diagnose() -> list[Check]:
         check_package("sentencepiece", "sentencepiece", pins),
         check_nemo_run(),
     ]
-    machine = [check_gcc(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
-    return [check_python(), check_torch(pins), gpu, *packages, *machine, check_versions(pins)]
+    machine = [check_gcc(), check_libnuma(), check_shared_memory(Path("/dev/shm")), check_cores(), check_threads()]
+    return [check_python(), check_torch(pins), gpu, *packages, *gpu_parts(on_gpu, cuda), *machine, check_versions(pins)]
+
+
+def gpu_parts(on_gpu: bool, cuda: dict[str, Requirement]) -> list[Check]:
+    """What training on GPUs needs, in the order in which it is installed; on a GPU the rows `torch` and `vllm` say the first two."""
+    engine = check_package("transformer-engine", "transformer_engine", cuda, why=ONLY_GPUS)
+    parts = [check_nccl(cuda), check_nvcc(), engine, check_apex()]
+    if not on_gpu:
+        parts = [check_torch_for_cuda(cuda), check_vllm_for_cuda(cuda), *parts]
+    return [replace(part, gpu=True) for part in parts]
 
 
 def can_train(checks: Sequence[Check]) -> bool:
     """True where every package of one path is there: the CUDA path if a GPU is visible, the CPU path otherwise."""
     status = {check.name: check.status for check in checks}
-    needed = NEEDED + (NEEDED_ON_GPU if status["GPU"] == "ok" else ())
+    needed = NEEDED + (NEEDED_ON_GPU if status["GPU"] == "ok" else NEEDED_ON_CPU)
     return all(status[name] != "missing" for name in needed)
 
 
@@ -77,10 +99,19 @@ def render(checks: Sequence[Check]) -> RenderableType:
     colours = {"ok": "green", "missing": "red", "warning": "yellow"}
     for check in checks:
         table.add_row(Text(check.name), Text(check.status, style=colours[check.status]), Text(check.detail, overflow="fold"))
-    remedies = [Text(f"{check.name}: {check.remedy}", overflow="fold") for check in checks if check.remedy]
     on_gpu = any(check.name == "GPU" and check.status == "ok" for check in checks)
+    here = remedies(check for check in checks if on_gpu or not check.gpu)
+    elsewhere = [] if on_gpu else remedies(check for check in checks if check.gpu)
+    if elsewhere:
+        elsewhere.insert(0, Text(FOR_GPUS))
     verdict = f"This machine can{'' if can_train(checks) else 'not yet'} train on the {'GPU' if on_gpu else 'CPU'}."
-    return Group(table, Text(), *remedies, *([Text()] if remedies else []), Text(verdict, style="bold"))
+    return Group(table, Text(), *here, *elsewhere, Text(verdict, style="bold"))
+
+
+def remedies(checks: Iterable[Check]) -> list[Text]:
+    """A line each, and an empty one after the last."""
+    lines = [Text(f"{check.name}: {check.remedy}", overflow="fold") for check in checks if check.remedy]
+    return [*lines, Text()] if lines else []
 
 
 def project_requirements() -> list[str]:
@@ -119,7 +150,8 @@ def install_command(distribution: str, pins: dict[str, Requirement]) -> str:
     if requirement is None:
         return f"pip install {distribution}"
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    return f"pip install '{requirement.name}{extras}{requirement.specifier}'"
+    options = " --no-build-isolation" if distribution in COMPILED else ""
+    return f"pip install{options} '{requirement.name}{extras}{requirement.specifier}'"
 
 
 def check_package(distribution: str, module: str, pins: dict[str, Requirement], why: str = "") -> Check:
@@ -163,7 +195,7 @@ def check_gpu() -> Check:
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi") is not None
         if driver and torch.version.cuda is None:
-            return Check("GPU", "warning", "there is an NVIDIA driver, but torch is a CPU build", f"pip install '{PROJECT}[cuda]'")
+            return Check("GPU", "warning", "there is an NVIDIA driver, but torch is a CPU build: the commands for GPUs are below")
         return Check("GPU", "warning", "no CUDA device: training runs on the CPU")
     found = []
     for index in range(torch.cuda.device_count()):
@@ -172,16 +204,56 @@ def check_gpu() -> Check:
     return Check("GPU", "ok", "; ".join(f"{found.count(line)} x {line}" for line in dict.fromkeys(found)))
 
 
+def check_torch_for_cuda(cuda: dict[str, Requirement]) -> Check:
+    """torch's build for CUDA, on a machine where no GPU is visible."""
+    try:
+        import torch
+
+        if torch.version.cuda:
+            return Check("torch for CUDA", "ok", f"{torch.__version__}, built for CUDA {torch.version.cuda}")
+    except (ImportError, OSError):
+        pass
+    return Check("torch for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_command("torch", cuda))
+
+
+def check_vllm_for_cuda(cuda: dict[str, Requirement]) -> Check:
+    """vLLM's build for CUDA, on a machine where no GPU is visible."""
+    version = version_of("vllm")
+    if version is not None:
+        return Check("vllm for CUDA", "ok", f"vllm {version}")
+    return Check("vllm for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_command("vllm", cuda))
+
+
+def check_nccl(cuda: dict[str, Requirement]) -> Check:
+    """NCCL, through which GPUs exchange tensors: a part of torch's builds for CUDA."""
+    try:
+        import torch
+
+        if torch.distributed.is_nccl_available():
+            return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    except (ImportError, OSError):
+        pass
+    return Check("NCCL", "missing", f"comes with torch's build for CUDA: {ONLY_GPUS}", install_command("torch", cuda))
+
+
+def check_nvcc() -> Check:
+    """The CUDA compiler, with which Transformer Engine and apex are built; its version must be the one that torch was built with."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if compiler:
+        return Check("nvcc", "ok", compiler)
+    return Check("nvcc", "missing", f"not found: Transformer Engine and apex are built with it; {ONLY_GPUS}", INSTALL_NVCC)
+
+
 def check_apex() -> Check:
     """NVIDIA's apex, which megatron-core uses for fused optimizers. PyPI's `apex` is an unrelated package."""
-    command = "pip install --no-build-isolation git+https://github.com/NVIDIA/apex"
     if importable("amp_C") and importable("apex.optimizers"):
         return Check("apex", "ok", "NVIDIA's, with its fused kernels")
     if importable("apex.optimizers"):
-        return Check("apex", "warning", "NVIDIA's, but built without its CUDA kernels (amp_C)", command)
+        return Check("apex", "warning", "NVIDIA's, but built without its CUDA kernels (amp_C)", INSTALL_APEX)
     if importable("apex"):
-        return Check("apex", "warning", "the package named apex here is not NVIDIA's", f"pip uninstall -y apex && {command}")
-    return Check("apex", "missing", "not installed: optional, for fused optimizers on GPUs", command)
+        return Check("apex", "warning", "the package named apex here is not NVIDIA's", f"pip uninstall -y apex && {INSTALL_APEX}")
+    return Check("apex", "missing", "not installed: optional, for fused optimizers on GPUs", INSTALL_APEX)
 
 
 def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
@@ -218,6 +290,15 @@ def check_gcc() -> Check:
     if compiler:
         return Check("gcc", "ok", compiler)
     return Check("gcc", "missing", "not found: Triton and torch.compile need it", "apt-get install gcc")
+
+
+def check_libnuma() -> Check:
+    """The library that vLLM's CPU build loads and does not bring."""
+    try:
+        ctypes.CDLL(LIBNUMA)
+    except OSError:
+        return Check("libnuma", "missing", "not found: vLLM's CPU build needs it", "apt-get install libnuma1")
+    return Check("libnuma", "ok", LIBNUMA)
 
 
 def check_shared_memory(path: Path) -> Check:

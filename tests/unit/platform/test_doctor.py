@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ REQUIREMENTS = [
     "no-such-distribution==1.5",
     'torch==2.13.0; extra == "cpu"',
     'torch==2.11.0; extra == "cuda"',
-    'transformer-engine[core_cu13,pytorch]==2.11.0; extra == "cuda"',
+    'transformer-engine[core-cu13,pytorch]==2.11.0; extra == "cuda"',
+    'vllm==0.26.0; extra == "cuda"',
 ]
 CPU = doctor.pinned(REQUIREMENTS, "cpu")
 CUDA = doctor.pinned(REQUIREMENTS, "cuda")
@@ -37,13 +39,14 @@ def text_of(checks: list[Check], width: int = 100) -> str:
 def with_status(checks: list[Check], **changes: str) -> list[Check]:
     """The same findings, some with another status; an underscore stands for a hyphen in a name."""
     wanted = {name.replace("_", "-"): status for name, status in changes.items()}
-    return [Check(check.name, wanted.get(check.name, check.status), check.detail, check.remedy) for check in checks]
+    return [replace(check, status=wanted.get(check.name, check.status)) for check in checks]
 
 
 def test_an_installed_environment_can_train_and_names_every_part(checks: list[Check]) -> None:
     found = {check.name: check for check in checks}
-    named = {"GPU", "apex", "triton", "nemo-run", "gcc", "/dev/shm", "cores", "OMP_NUM_THREADS", "versions"}
-    assert named | {*doctor.NEEDED, *doctor.NEEDED_ON_GPU} == set(found)
+    named = {"GPU", "apex", "triton", "nemo-run", "nvcc", "gcc", "libnuma", "/dev/shm", "cores", "OMP_NUM_THREADS", "versions"}
+    named |= {*doctor.NEEDED, *doctor.NEEDED_ON_GPU} | (set() if found["GPU"].status == "ok" else {"torch for CUDA", "vllm for CUDA"})
+    assert named == set(found)
     assert doctor.can_train(checks)
     assert all(found[name].status == "ok" for name in ("Python", "torch", "megatron-core", "math-verify", "psutil"))
 
@@ -57,10 +60,40 @@ def test_training_needs_each_of_these(checks: list[Check], name: str) -> None:
     assert not doctor.can_train(with_status(checks, **{name: "missing"}))
 
 
-def test_a_gpu_needs_transformer_engine_and_a_cpu_does_not(checks: list[Check]) -> None:
-    assert doctor.can_train(with_status(checks, GPU="warning", transformer_engine="missing"))
-    assert not doctor.can_train(with_status(checks, GPU="ok", transformer_engine="missing"))
-    assert doctor.can_train(with_status(checks, GPU="ok", transformer_engine="ok"))
+@pytest.mark.parametrize("name", doctor.NEEDED_ON_GPU)
+def test_a_gpu_needs_each_of_these_and_a_cpu_does_not(checks: list[Check], name: str) -> None:
+    complete = dict.fromkeys(doctor.NEEDED_ON_GPU, "ok")
+    assert doctor.can_train(with_status(checks, GPU="warning", libnuma="ok", **complete | {name: "missing"}))
+    assert not doctor.can_train(with_status(checks, GPU="ok", **complete | {name: "missing"}))
+    assert doctor.can_train(with_status(checks, GPU="ok", libnuma="missing", **complete))
+    assert not doctor.can_train(with_status(checks, GPU="warning", libnuma="missing", **complete))
+
+
+def test_each_missing_part_of_a_gpu_machine_comes_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch imports as None where it cannot be imported, and no path finds a program."""
+    monkeypatch.setitem(doctor.sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    monkeypatch.setattr(doctor, "importable", lambda name: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: None)
+    parts = doctor.gpu_parts(False, CUDA)
+    assert {(part.status, part.gpu) for part in parts} == {("missing", True)}
+    assert {part.name: part.remedy for part in parts} == {
+        "torch for CUDA": "pip install 'torch==2.11.0'",
+        "vllm for CUDA": "pip install 'vllm==0.26.0'",
+        "NCCL": "pip install 'torch==2.11.0'",
+        "nvcc": doctor.INSTALL_NVCC,
+        "transformer-engine": "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]==2.11.0'",
+        "apex": f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation {doctor.APEX_SOURCE}",
+    }
+    on_gpu = doctor.gpu_parts(True, CUDA)
+    assert [part.name for part in on_gpu] == ["NCCL", "nvcc", "transformer-engine", "apex"]
+
+
+def test_what_only_gpus_need_stands_apart_on_a_machine_without_one(checks: list[Check]) -> None:
+    part = Check("x", "missing", "gone", "pip install 'x==1'", gpu=True)
+    without = text_of([*with_status(checks, GPU="warning"), part], width=200)
+    assert without.index(doctor.FOR_GPUS) < without.index("x: pip install 'x==1'")
+    assert doctor.FOR_GPUS not in text_of([*with_status(checks, GPU="ok"), part], width=200)
 
 
 def test_the_report_shows_findings_and_unbroken_commands(checks: list[Check]) -> None:
@@ -80,7 +113,10 @@ def test_columns_pin_different_versions() -> None:
 def test_an_absent_package_is_missing_with_its_pinned_install() -> None:
     check = doctor.check_package("no-such-distribution", "no_such_module", CPU, why="nothing works")
     assert check == Check("no-such-distribution", "missing", "not installed: nothing works", "pip install 'no-such-distribution==1.5'")
-    assert doctor.install_command("transformer-engine", CUDA) == "pip install 'transformer-engine[core_cu13,pytorch]==2.11.0'"
+    assert (
+        doctor.install_command("transformer-engine", CUDA)
+        == "pip install --no-build-isolation 'transformer-engine[core-cu13,pytorch]==2.11.0'"
+    )
     assert doctor.install_command("unpinned", CPU) == "pip install unpinned"
 
 
@@ -136,7 +172,7 @@ def test_nvidias_apex_is_told_from_its_namesake(
     check = doctor.check_apex()
     monkeypatch.delitem(doctor.sys.modules, "apex", raising=False)
     assert (check.status, check.detail) == (status, detail)
-    assert check.remedy.endswith("NVIDIA/apex") == (status != "ok")
+    assert check.remedy.endswith(doctor.INSTALL_APEX) == (status != "ok")
 
 
 def test_vllm_of_the_other_kind_does_not_serve() -> None:
@@ -168,6 +204,8 @@ def test_an_unsupported_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert (check.status, check.remedy) == ("missing", "make install PYTHON=python3.11")
 
 
-def test_no_compiler_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_compiler_and_no_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "LIBNUMA", "libno-such-library.so.1")
     assert doctor.check_gcc().remedy == "apt-get install gcc"
+    assert doctor.check_libnuma().remedy == "apt-get install libnuma1"
