@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from megatron_nsr.config import NonNegative, Positive, Section
 from megatron_nsr.config_files import describe_errors, read_values
+from megatron_nsr.config_sections import NonNegative, Positive, Section
 from megatron_nsr.types import UserError
 
 PREFIX = "cluster."

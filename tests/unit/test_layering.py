@@ -15,7 +15,7 @@ FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 
 # Lowest first. A package or module of the root may import whatever stands in a lower line.
 LAYERS = [
-    {"types", "presets", "objective_fields", "config", "config_files", "clock", "platform"},
+    {"types", "presets", "objective_fields", "config_sections", "config", "config_files", "clock", "platform"},
     {"models", "weights", "losses", "objectives", "rewards", "data", "observability"},
     {"training", "rollout"},
     {"phases"},
@@ -29,7 +29,8 @@ LAYERS = [
 ]
 # Within its own layer a part may import only these.
 WITHIN: dict[str, set[str]] = {
-    "config": {"types", "presets", "objective_fields"},
+    "config_sections": {"objective_fields"},
+    "config": {"types", "presets", "objective_fields", "config_sections"},
     "config_files": {"types", "config"},
     "objective_fields": {"presets"},
     "platform": {"types"},
