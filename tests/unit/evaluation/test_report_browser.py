@@ -11,6 +11,7 @@ from megatron_nsr.evaluation.report import write_report
 from tests.browser import Chromium
 from tests.readable import read_page, reading_script
 from tests.unit.evaluation.test_report import ATTACK, make_run
+from tests.unit.evaluation.test_report_comparable import evaluated
 
 DESK, TELEPHONE, PAPER = 1280, 400, 794  # CSS pixels; the last is A4
 
@@ -59,6 +60,15 @@ CELLS = """
 def test_on_a_telephone_every_cell_of_a_table_is_inside_the_window_under_its_column_s_name(chromium: Chromium, page: Path) -> None:
     seen = chromium.visit(page, width=TELEPHONE, script=CELLS).result
     assert seen["outside"] == [] and seen["cells"] == seen["named"] > 200
+
+
+def test_on_a_desk_no_table_of_two_benchmarks_has_to_be_scrolled(chromium: Chromium, tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path, "base"), evaluated(tmp_path, "longer", other="validation")]
+    for run in runs:
+        (run / "metrics.jsonl").unlink()
+    write_report(runs, tmp_path / "report.html")
+    script = "[...document.querySelectorAll('.scroll')].map(each => each.scrollWidth - each.clientWidth)"
+    assert set(chromium.visit(tmp_path / "report.html", width=DESK, script=script).result) == {0}
 
 
 def test_it_prints_on_paper_light_and_whole(chromium: Chromium, page: Path) -> None:
