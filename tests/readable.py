@@ -31,6 +31,10 @@ READ = """
     }
     return "rgb(255, 255, 255)";
   };
+  const goesOn = element => {  // whether a reader sees that what holds the element scrolls
+    const style = element && getComputedStyle(element);
+    return !!style && /auto|scroll/.test(style.overflowX) && /gradient.*local/.test(style.backgroundImage + style.backgroundAttachment);
+  };
   const contrast = (one, other) => {
     const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
     return (high + 0.05) / (low + 0.05);
@@ -46,7 +50,7 @@ READ = """
     const ratio = contrast(style.color, background(element));
     if (ratio < least) note("faint", element, ratio.toFixed(2));
     const box = element.getBoundingClientRect();
-    if (!element.closest(".scroll") && (box.right > width + 1 || box.left < -1)) note("cut off", element, box.right);
+    if (!goesOn(element.closest(".scroll")) && (box.right > width + 1 || box.left < -1)) note("cut off", element, box.right);
   }
   const pictures = [...document.querySelectorAll("svg")].filter(shown);
   for (const svg of pictures) {

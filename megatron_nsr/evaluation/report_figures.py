@@ -12,20 +12,28 @@ from megatron_nsr.evaluation.evaluation_files import BenchmarkResult, Curve, dif
 from megatron_nsr.evaluation.report_data import RunData, prompts_remark, step_limits, step_runs
 from megatron_nsr.observability.metrics import METRICS
 from megatron_nsr.observability.plots import (
+    FILLED_BANDS,
     WIDE,
     Line,
     Scale,
+    banded,
     bars_figure,
     color_of,
     css_color,
     line_figure,
     marker_of,
+    same_curve,
     smoothing_window,
     stacked_bars_figure,
     to_svg,
 )
 
 PHASES = tuple(name for name in METRICS if name.startswith("time/") and name != "time/step_s")
+VOTES = (
+    "Share of problems whose most frequent answer among k samples is correct. All correct answers count as one; wrong ones as one if they"
+    " are equal numbers or texts, or math-verify finds them equal (with another grader: equal texts). Samples without an answer do not"
+    " vote; answers with equally many votes share the problem."
+)
 INTERVALS = "95 % intervals by bootstrap over problems"
 
 
@@ -131,6 +139,11 @@ def line_panel(
     window = smoothing_window(lines)
     if window > 1:
         caption += f" Thin: every value; thick: running mean of {window}."
+    if len(banded(lines)) > FILLED_BANDS:
+        caption += " Of each band the two edges are drawn, thin, in the run's colour."
+    covered = [line.label for index, line in enumerate(lines) if any(same_curve(line, later) for later in lines[index + 1 :])]
+    if covered:
+        caption += f" Drawn wider, because another line covers it: {'; '.join(covered)}."
 
     def draw(**size: tuple[float, float]) -> str:
         figure = line_figure(
@@ -161,7 +174,7 @@ def _votes(runs: Sequence[RunData], benchmark: str) -> list[ReportFigure]:
     lines = _curves(runs, [result.vote if result else None for result in results])
     if not lines:
         return []
-    caption = f"Share of problems that a majority vote among k samples solves. Bands are {INTERVALS}."
+    caption = f"{VOTES} Bands are {INTERVALS}."
     return [line_panel(f"cons@k on {benchmark}", caption, lines, x_label="k", y_label="cons@k, %", x_scale="log2")]
 
 

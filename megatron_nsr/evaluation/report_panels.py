@@ -113,7 +113,8 @@ def _figures(runs: Sequence[RunData], panels: Iterable[Panel]) -> list[ReportFig
         lines = _lines(runs, panel, {run.name for run in shown})
         if lines:
             remark = prompts_remark(runs) if panel.metrics[0].startswith("heldout/") else ""
-            caption, limits = _caption(panel) + remark, step_limits(shown)
+            logged = [metric for metric in panel.metrics if any(run.curve(metric)[0] for run in shown)]
+            caption, limits = _caption(panel, logged) + remark, step_limits(shown)
             figures.append(step_panel(panel.title, caption, lines, y_label=panel.unit, y_scale=panel.scale, limits=limits))
     return figures
 
@@ -130,8 +131,18 @@ def _lines(runs: Sequence[RunData], panel: Panel, names: set[str]) -> list[Line]
     return lines
 
 
-def _caption(panel: Panel) -> str:
-    """What the metrics mean; of two, which differ in one word, the first that the registry has stands for both."""
+def _caption(panel: Panel, logged: Sequence[str]) -> str:
+    """What the metrics mean; of two, which differ in one word, the first that the registry has stands for both.
+
+    logged: those of the panel's metrics that it shows; only their lines are explained.
+    """
     meanings = [f"{metric}: {metric_meaning(metric)}" for metric in panel.metrics if metric_meaning(metric)]
-    lines = f"Solid: {panel.roles[0]}; dashed: {panel.roles[1]}. " if panel.roles else ""
-    return f"{lines}{meanings[0]}." if meanings else f"{panel.metrics[0]}: not a metric of this version."
+    styles = zip(("solid", "dashed"), panel.roles, panel.metrics, strict=False)  # a panel without roles explains none
+    lines = "; ".join(f"{style}: {role}" for style, role, metric in styles if metric in logged)
+    return (
+        f"{lines.capitalize()}. {meanings[0]}."
+        if lines and meanings
+        else f"{meanings[0]}."
+        if meanings
+        else f"{panel.metrics[0]}: not a metric of this version."
+    )

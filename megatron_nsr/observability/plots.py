@@ -47,6 +47,7 @@ STYLE = {
 }
 MARKED_POINTS = 12  # shorter lines show all their points, longer ones about half as many
 SMOOTHED_POINTS = 40  # longer lines are noise at this size: they are drawn thin, with a running mean over a 20th of them
+FILLED_BANDS = 3  # of more, the fills would mix to grey: only their edges are drawn
 PANEL, WIDE = (4.6, 2.9), (9.4, 4.3)  # inches; a page shows them in one and in two of its columns, so that text has one size
 
 Scale = Literal["linear", "log2", "log"]
@@ -91,6 +92,16 @@ def smoothing_window(lines: Sequence[Line]) -> int:
     """Values that a figure of these lines averages over, odd; 1 where it draws them as they are."""
     longest = max((len(line.x) for line in lines), default=0)
     return longest // 20 | 1 if longest > SMOOTHED_POINTS else 1
+
+
+def banded(lines: Sequence[Line]) -> list[Line]:
+    """Those with a band."""
+    return [line for line in lines if line.low is not None and line.high is not None]
+
+
+def same_curve(line: Line, other: Line) -> bool:
+    """Whether one would hide the other."""
+    return bool(np.array_equal(line.x, other.x) and np.array_equal(line.y, other.y, equal_nan=True))
 
 
 def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -145,7 +156,9 @@ def draw_lines(
 ) -> None:
     """Draws the curves, long ones with their running mean, and their bands, and names the axes."""
     window = smoothing_window(lines)
+    filled = len(banded(lines)) <= FILLED_BANDS
     for index, line in enumerate(lines):
+        hiding = sum(same_curve(line, later) for later in lines[index + 1 :])  # each leaves a rim of this one to be seen
         y = np.asarray(line.y, dtype=float)
         if window > 1:
             axes.plot(line.x, y, color=line.color, linewidth=0.6, alpha=0.28)
@@ -156,12 +169,16 @@ def draw_lines(
             linestyle=(0, (4, 2)) if line.dashed else "-",
             marker=line.marker,
             markevery=_marked(len(y), index),
-            markersize=4,
-            linewidth=1.7,
+            markersize=4 + 3 * hiding,
+            linewidth=1.7 + 2.4 * hiding,
             label=line.label,
         )
         if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.13, linewidth=0)
+            if filled:
+                axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.13, linewidth=0)
+            else:
+                for edge in (line.low, line.high):
+                    axes.plot(line.x, edge, color=line.color, linewidth=0.7, alpha=0.7)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     _scale_x(axes, x_scale, sorted({x for line in lines for x in line.x}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from megatron_nsr.evaluation import report_figures
 from megatron_nsr.evaluation.report import render_pass_at_k_table
 from megatron_nsr.evaluation.report_data import load_runs
 from megatron_nsr.evaluation.report_figures import heldout_entropy_figures, pass_at_k_figures
-from megatron_nsr.evaluation.report_panels import learning_figures
+from megatron_nsr.evaluation.report_panels import learning_figures, sign_figures
 from megatron_nsr.evaluation.report_tables import summary_tables
-from megatron_nsr.observability.plots import Line
+from megatron_nsr.observability.plots import Line, color_of, css_color
 from megatron_nsr.observability.run_directory import RunDirectory, write_json
 from tests.unit.evaluation.test_report import evaluation, make_run
 
@@ -97,3 +98,43 @@ def test_only_a_run_that_did_not_train_is_a_level_and_all_panels_have_the_same_a
         (caption,) = [figure.caption for figure in figures if figure.title == title]
         assert "Level, without markers: base, of none of these steps." in caption
     assert len(drawn) > 6 and {limits for _, limits in drawn.values()} == {(0, 20)}
+
+
+def test_the_same_curve_of_two_runs_shows_both_and_says_so(tmp_path: Path) -> None:
+    names = ("one", "two", "another")
+    runs = load_runs([make_run(tmp_path, name, "nsr", steps=3, skill=3 + (name == "another")) for name in names])
+    (figure,) = [figure for figure in learning_figures(runs) if figure.title == "Correct responses"]
+    assert figure.caption.endswith("Drawn wider, because another line covers it: one.")
+    widths = {name: stroke_widths(figure.svg, color_of(index)) for index, name in enumerate(names)}
+    assert widths["one"] - widths["two"] and max(widths["one"]) >= 2 * max(widths["two"]) and widths["two"] == widths["another"]
+
+
+def stroke_widths(svg: str, color: str) -> set[float]:
+    """Of the lines of a colour, as the style says it; one without a width has 1."""
+    styles = re.findall(r'style="(fill: none; stroke: [^"]*)"', svg)
+    widths = (re.search(r"stroke-width: ([0-9.]+)", style) for style in styles if css_color(color) in style)
+    return {float(width[1]) if width else 1.0 for width in widths}
+
+
+@pytest.mark.parametrize(("count", "fills"), [(3, 3), (4, 0)])
+def test_bands_are_filled_for_up_to_three_runs_only(tmp_path: Path, count: int, fills: int) -> None:
+    runs = load_runs([make_run(tmp_path, f"run{index}", "nsr", steps=1, evaluated=[1], skill=index + 2) for index in range(count)])
+    figure = pass_at_k_figures(runs, "puzzle")[0]
+    assert figure.svg.count("fill-opacity: 0.13") == fills
+    assert ("Of each band the two edges are drawn, thin, in the run's colour." in figure.caption) == (not fills)
+
+
+def test_a_caption_explains_only_the_lines_that_are_there(tmp_path: Path) -> None:
+    captions = {figure.title: figure.caption for figure in sign_figures(load_runs([make_run(tmp_path, "run", "nsr", steps=2)]))}
+    assert captions["Truncated responses"].startswith("Dashed: wrong ones. reward/truncated_ratio_nsr: ")
+    assert captions["Loss"].startswith("Solid: correct responses; dashed: wrong ones. ")
+
+
+def test_the_vote_s_caption_says_which_answers_count_as_one(tmp_path: Path) -> None:
+    result = evaluation(1, 4)
+    result["benchmarks"]["puzzle"] |= {"cons_at_k": {"1": 0.4, "16": 0.6}}
+    run = make_run(tmp_path, "run", "nsr", steps=1)
+    write_json(RunDirectory(run).evaluation(1), result)
+    (figure,) = [figure for figure in pass_at_k_figures(load_runs([run]), "puzzle") if figure.title.startswith("cons@k")]
+    for words in ("All correct answers count as one", "equal numbers or texts", "Samples without an answer do not vote"):
+        assert words in figure.caption
