@@ -17,7 +17,6 @@ fi
 work=$(mktemp -d)
 container=
 buildah() { command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
-# A folder that another user's process wrote into is root's to remove.
 trap '[[ -z $container ]] || buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
 
 missing=()
@@ -28,14 +27,14 @@ if ((${#missing[@]})); then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if ! buildah pull -q "docker.io/library/$base" >/dev/null 2>&1; then
+if ! buildah pull -q "$base" >/dev/null 2>&1; then
     echo "$base cannot be pulled: a fresh Debian bookworm stands in for it"
     sources=(/etc/apt/sources.list.d/debian.sources)
     [[ -s /etc/apt/sources.list ]] && sources=(/etc/apt/sources.list)
     mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$work/debian.tar" "${sources[@]}"
     container=$(buildah from scratch)
     buildah add -q "$container" "$work/debian.tar" / >/dev/null
-    buildah commit -q "$container" "docker.io/library/$base" >/dev/null
+    buildah commit -q "$container" "$base" >/dev/null
     buildah rm "$container" >/dev/null
     container=
     rm "$work/debian.tar"
