@@ -86,9 +86,11 @@ def plan_stage(
     chunk = config.training.head_chunk_tokens
     sign_norms = config.logging.sign_norms_every > 0 and config.objective.entropy_coefficient > 0 and config.objective.name != "supervised"
     work = workspace_bytes(shape, layout, stage, element, gpu.backend, chunk=chunk, sign_norms=sign_norms)
-    parts["activations"] = (activation_bytes(shape, layout, counted, stage, element, gpu.backend), 0.0, 0.0)
+    kept = activation_bytes(shape, layout, counted, stage, element, gpu.backend)
+    if gpu.backend == "cpu" and layout.distributed_optimizer and layout.replicas > 1:
+        work = max(work, parts["gradients"][0] - kept)  # gloo's reduce-scatter copies its input, once the activations are gone
+    parts["activations"] = (kept, 0.0, 0.0)
     parts["head and backward workspace"] = (work, 0.0, 0.0)
-    batch = BATCH_TOKEN_BYTES * workload.kept_tokens / layout.data
     parts["packed batch"] = (batch, batch, 0.0)
     if engine is not None:
         parts |= _engine_parts(engine, asleep=sleep_level(config) > 0)

@@ -27,8 +27,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         task = torch._C._current_graph_task_id()
         if task != self._task:
+            if self._task == -1:  # not the pass inside a backward pass that recomputing makes
+                self.kept = max(self.kept, self.live)
             self._task = task
-            self.kept = max(self.kept, self.live) if task != -1 else self.kept
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
