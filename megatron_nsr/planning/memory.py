@@ -91,6 +91,7 @@ def plan_stage(
         work = max(work, parts["gradients"][0] - kept)  # gloo's reduce-scatter copies its input, once the activations are gone
     parts["activations"] = (kept, 0.0, 0.0)
     parts["head and backward workspace"] = (work, 0.0, 0.0)
+    batch = BATCH_TOKEN_BYTES * workload.kept_tokens / layout.data
     parts["packed batch"] = (batch, batch, 0.0)
     if engine is not None:
         parts |= _engine_parts(engine, asleep=sleep_level(config) > 0)
