@@ -31,11 +31,12 @@ def wait_for(directory: JobDirectory, record: JobRecord, current: Callable[[], s
     with _passing_signals_on(directory) if record.executor != "slurm" else _leaving_the_job(record):
         while True:
             state = current()
+            ended = state in ENDED or state == "ENDED"
             if follow:
                 position = _print_from(directory, position)
-            elif state != shown:
+            elif state != shown and not ended:
                 print(f"job {record.id}: {state}", flush=True)
-            if state in ENDED or state == "ENDED":
+            if ended:
                 return
             shown = state
             time.sleep(POLL_S)
