@@ -35,7 +35,6 @@ ALLOWED: dict[str, str] = {
     "deterministic_mode": "deterministic kernels; te",
     "moe_permute_fusion": "one kernel for the permutation of tokens; te",
     "overlap_p2p_comm_warmup_flush": "transfers between stages overlap in warm-up and flush too; with parallel.virtual_pipeline",
-    "cp_comm_type": "how context-parallel ranks exchange keys and values: p2p, all_gather or a2a; te",
 }
 
 # Ours: the key that sets a field.
@@ -50,7 +49,7 @@ SET_BY: dict[str, tuple[str, ...]] = {
     "model.backend": (
         *("use_cpu_initialization", "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion"),
         *("bias_dropout_fusion", "apply_rope_fusion", "persist_layer_norm", "batch_p2p_sync", "deallocate_pipeline_outputs"),
-        *("moe_grouped_gemm", "moe_token_dispatcher_type", "transformer_impl"),
+        *("moe_grouped_gemm", "moe_token_dispatcher_type", "transformer_impl", "cp_comm_type"),
     ),
     "training.recompute": ("recompute_granularity",),
     "objective.router_aux_loss": ("moe_router_load_balancing_type", "moe_aux_loss_coeff"),

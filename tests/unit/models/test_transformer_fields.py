@@ -17,6 +17,7 @@ from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.models import policy
 from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
+from megatron_nsr.models.te_backend import TransformerEngineBackend
 from megatron_nsr.models.transformer_fields import ALLOWED, REFUSED, SET_BY, checked_fields
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.types import UserError
@@ -60,6 +61,7 @@ def test_what_this_project_sets_is_not_the_users_to_set(shape: ModelShape) -> No
     parallel = ParallelConfig(tensor=2, sequence=True, pipeline=2, virtual_pipeline=2, expert=2)
     ours = policy._own_fields(shape, parallel, torch.bfloat16, choose_backend("cpu"))
     assert not ours.keys() & ALLOWED.keys() and len(ours) > 30
+    assert not object.__new__(TransformerEngineBackend).config_overrides().keys() & ALLOWED.keys()
     with pytest.raises(UserError, match=r"model\.transformer\.tensor_model_parallel_size=2: parallel\.tensor sets it"):
         checked_fields({"tensor_model_parallel_size": 2}, backend="te", recompute="none")
 
