@@ -15,7 +15,20 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 INCLUDED = {"common.yaml", "model.yaml"}  # parts of the others
 # (GPU, number of them) by folder or file under configs/, the longest match first.
 HARDWARE = {"paper": ("h200", 8), "quickstart": ("cpu", 1), "reproduction": ("cpu", 1)}
-FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml") if path.name not in INCLUDED)
+HARDWARE |= {
+    f"scale/{name}": ("h200", gpus)
+    for name, gpus in {
+        "qwen2.5_7b_1x8": 8,
+        "qwen2.5_32b_4x8": 32,
+        "qwen2.5_72b_8x8": 64,
+        "qwen2.5_72b_128x8": 1024,
+        "qwen3_30b_a3b_2x8": 16,
+        "qwen3_235b_a22b_16x8": 128,
+        "llama3.1_405b_64x8": 512,
+    }.items()
+}
+RUNS = (path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml") if path.name not in INCLUDED)
+FILES = sorted(path for path in RUNS if path.parts[0] != "clusters")  # those say where a job runs, not what
 
 
 def hardware(config: Path) -> tuple[str, int]:
