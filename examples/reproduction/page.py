@@ -106,7 +106,8 @@ def _setting(results: Results) -> str:
         f"from `{settings['operators']}`), "
         f"{settings['base_steps']:,} supervised steps; {counts}; {settings['test']} test problems, n = {settings['samples']} "
         f"(base: {results.bases[0].evaluation.n}). Pass@{largest} of the base: {reach}. {_missing(results)}"
-        f"It took {hours} ({cost['cpu_s'] / 120:.0f} minutes of two cores with no other work), on {environment['hardware']['cores']} cores ({environment['hardware']['cpu']}), at commit {commit[:12]}."
+        f"It took {hours} ({cost['cpu_s'] / 120:.0f} minutes of two cores with no other work), "
+        f"on {environment['hardware']['cores']} cores ({environment['hardware']['cpu']}), at commit {commit[:12]}."
     )
 
 

@@ -248,7 +248,7 @@ def test_intervals_hold_the_curve_and_come_from_the_file_first(runs: list[Path],
     result = load_runs(runs)[1].final("puzzle")
     assert result is not None
     assert list(result.pass_at_k) == sorted(KS)
-    assert all(result.curve.intervals[k][0] < value < result.intervals[k][1] for k, value in result.pass_at_k.items())
+    assert all(result.curve.intervals[k][0] < value < result.curve.intervals[k][1] for k, value in result.pass_at_k.items())
     assert result.per_problem.mean(axis=0) == pytest.approx(list(result.pass_at_k.values()), abs=1e-12)
 
     written = evaluation(3, 4)

@@ -114,7 +114,7 @@ def test_a_model_without_optimizer_leaves_too(model: Path) -> None:
 @pytest.fixture
 def uses(model: Path, tmp_path: Path) -> tuple[Actor, dict[str, Callable[[], Any]]]:
     actor, backend, shape = actor_of(model, dtype="bfloat16"), choose_backend("cpu"), read_model_shape(str(model))
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     steps(actor, SAMPLES)
     checkpoints.save(1, {}, actor.wrapped, actor.optimizer, backend, model)
     return actor, {
