@@ -18,7 +18,7 @@ from megatron_nsr.launch.job import JobDirectory, JobRecord, progress
 from megatron_nsr.launch.nemo import ENDED
 
 POLL_S = 1.0
-LAST_LINES = 20
+LAST_LINES = 60  # torchrun alone adds 40 to what a rank said
 DONE, FAILED = 0, 1
 
 

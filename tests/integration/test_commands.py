@@ -93,7 +93,7 @@ def test_a_checkpoint_and_its_export_evaluate_alike_even_after_a_kill(
     for step, command in started.items():
         output = finished(command, 0)
         assert "Pass@" in output and "MATH" in output and "written to" in output and "NUMA binding" not in output
-        assert f"{evaluations[step].path}: evaluate, MATH " in output
+        assert f"{evaluations[step].path}: evaluate, " in output and "MATH 50 prompts" in output
         assert ("MATH: going on after " in output) == (step == 0)
         results[step] = json.loads(evaluations[step].evaluation(step).read_text())
         assert results[step].pop("step") == step and Path(results[step].pop("model")).name == ("step_10" if step else "hf")
