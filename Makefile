@@ -96,7 +96,7 @@ test-vllm-0.26: $(TEST_INSTALLED) $(OLD_INSTALLED) ## the rollout server tests w
 
 # Debian's Slurm as two nodes on this machine; as root, or with sudo that asks no password. It is taken down whatever the tests say.
 test-slurm: $(TEST_INSTALLED) ## launch real jobs on a Slurm of two nodes, which is installed and started on this machine
-	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh up
+	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh up && \
 	SLURM_CONF=$(SLURM_SANDBOX)/slurm.conf $(BIN)/python -m pytest tests/slurm; status=$$?; \
 	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh down; exit $$status
 

@@ -251,8 +251,8 @@ class TrainingConfig(Section):
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         "none",
-        description="what goes to host memory while a colocated engine samples: nothing, main weights and Adam's moments, or the policy's "
-        "parameters too; unless none, gradient buffers are freed",
+        description="what goes to host memory while a colocated engine samples: nothing, main weights and Adam's moments, or the "
+        "parameters too, of the policy and PPO's critic; unless none, gradient buffers are freed",
     )
     head_chunk_tokens: Positive | None = Field(
         None,

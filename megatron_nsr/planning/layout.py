@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nsr.config import Config, ParallelConfig
+from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.types import UserError
@@ -76,7 +76,7 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
-        context=context_ranks(parallel),
+        context=parallel.context,
         expert=parallel.expert,
         sequence=parallel.sequence,
         distributed_optimizer=parallel.distributed_optimizer,
@@ -92,10 +92,6 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
 def longest_tokens(config: Config, shape: ModelShape) -> int:
     """Input tokens of the longest sequence that is trained on: it travels alone where it exceeds the packing budget."""
     return min(config.data.max_prompt_tokens + config.rollout.max_response_tokens, shape.max_positions) - 1
-
-
-def context_ranks(parallel: ParallelConfig) -> int:
-    return int(getattr(parallel, "context", 1))
 
 
 def trainer_gpus(config: Config, gpus: int) -> int:

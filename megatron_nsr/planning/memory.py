@@ -79,9 +79,11 @@ def plan_stage(
 ) -> MemoryPlan:
     element = ELEMENT_BYTES[config.model.dtype]
     elements = stage_elements(shape, layout, stage)
-    parts = _states("", model_state(elements, layout, element), offload(config))
+    parts = _states("", model_state(elements, layout, element), config.training.offload)
     if workload.critic:
-        parts |= _states("critic ", model_state(stage_elements(shape, layout, stage, critic=True), layout, element), offload(config))
+        parts |= _states(
+            "critic ", model_state(stage_elements(shape, layout, stage, critic=True), layout, element), config.training.offload
+        )
     counted = micro_batches(workload, layout)
     chunk = config.training.head_chunk_tokens
     sign_norms = config.logging.sign_norms_every > 0 and config.objective.entropy_coefficient > 0 and config.objective.name != "supervised"
@@ -94,7 +96,7 @@ def plan_stage(
     batch = BATCH_TOKEN_BYTES * workload.kept_tokens / layout.data
     parts["packed batch"] = (batch, batch, 0.0)
     if engine is not None:
-        parts |= _engine_parts(engine, asleep=sleep_level(config) > 0)
+        parts |= _engine_parts(engine, asleep=config.rollout.sleep_level > 0)
     parts["push buckets"] = (0.0, push_bytes(config, shape, layout, element), 0.0)
     parts["CUDA, NCCL, allocator" if gpu.backend == "te" else "the process itself"] = (gpu.reserved_bytes,) * 3
     plan = MemoryPlan(stage, parts, gpu.memory_bytes, engine, _host_bytes(config, workload, parts), None)
@@ -109,14 +111,6 @@ def push_bytes(config: Config, shape: ModelShape, layout: Layout, element: int) 
     whole = model_elements(shape) * element
     bucket = max(config.rollout.push_bucket_mib << 20, joined)
     return float(min(2 * bucket, whole) + joined)
-
-
-def sleep_level(config: Config) -> int:
-    return int(getattr(config.rollout, "sleep_level", 0))
-
-
-def offload(config: Config) -> str:
-    return str(getattr(config.training, "offload", "none"))
 
 
 def _states(prefix: str, state: ModelState, level: str) -> dict[str, Sizes]:
@@ -148,7 +142,7 @@ def _host_bytes(config: Config, workload: Workload, parts: Mapping[str, Sizes]) 
 
 def moved_bytes(config: Config, parts: Mapping[str, Sizes]) -> float:
     """What goes to the host and comes back in a step, counted once. Gradient buffers are freed; at sleep level 2 so is the engine."""
-    engine = parts.get("engine weights", (0.0, 0.0, 0.0))[2] if sleep_level(config) == 1 else 0.0
+    engine = parts.get("engine weights", (0.0, 0.0, 0.0))[2] if config.rollout.sleep_level == 1 else 0.0
     trained = [sizes for name, sizes in parts.items() if name.endswith(("weights", "optimizer")) and not name.startswith("engine")]
     return engine + sum(sizes[0] - sizes[2] for sizes in trained)
 
