@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_entropy_stands_once_and_a_benchmark_lists_the_runs_that_have_it(tmp_pat
     every, puzzle, validation = summary_tables(load_runs(paths), ["puzzle", "validation"])
     assert [table.columns.count("held-out entropy, nats") for table in (every, puzzle, validation)] == [1, 0, 0]
     assert [[run.name for run, _ in table.rows] for table in (every, puzzle, validation)] == [["base", "longer"]] * 2 + [["longer"]]
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=StringIO())
     console.print(render_pass_at_k_table(paths))
     assert (console.export_text(clear=False).count("1.100"), console.export_text().count("0.900")) == (1, 1)
 

@@ -21,8 +21,9 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def logger(store: Path, run: Path, **changes: Any) -> MlflowLogger:
     run.mkdir(exist_ok=True)
-    settings = {"uri": store.as_uri(), "experiment": "e", "steps": 3, "completed_steps": 0, "config": {"optimizer.learning_rate": 1e-6}}
-    return MlflowLogger(RunDirectory(run), **{**settings, **changes})  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"uri": store.as_uri(), "experiment": "e", "steps": 3, "completed_steps": 0}
+    settings |= {"config": {"optimizer.learning_rate": 1e-6}} | changes
+    return MlflowLogger(RunDirectory(run), **settings)
 
 
 def only_run(store: Path) -> Any:
