@@ -6,7 +6,7 @@ May import: config, models, planning. Formulas with their sources: docs/planning
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from megatron_nsr.models.hf_config import ModelShape
@@ -64,7 +64,8 @@ class Trainer:
         if self.workload.reference:
             found["reference"] = self.forward_pass() + self.exchange()
         if self.workload.critic:
-            found["critic"] = self.forward_pass(head=0) + self.update(head=0)
+            critic = replace(self, workload=replace(self.workload, mini_batches=self.workload.critic_mini_batches))
+            found["critic"] = critic.forward_pass(head=0) + critic.update(head=0)
         found["update"] = self.update()
         return found
 

@@ -32,7 +32,7 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One training step. kept: share of the samples that train."""
+    """One training step. kept: share of the samples that train. critic_mini_batches: updates of PPO's critic, 0 where there is none."""
 
     prompts: int
     samples: int
@@ -41,7 +41,11 @@ class Workload:
     lengths: Lengths
     old_logprobs: bool
     reference: bool
-    critic: bool
+    critic_mini_batches: int
+
+    @property
+    def critic(self) -> bool:
+        return self.critic_mini_batches > 0
 
     @property
     def sequences(self) -> int:
@@ -79,15 +83,18 @@ def lengths_of(config: Config, *, prompt_mean: float | None, response_mean: floa
 def workload_of(config: Config, lengths: Lengths) -> Workload:
     objective, supervised = config.objective, config.objective.name == "supervised"
     mini_batches = 1 if supervised else config.data.prompts_per_step // objective.mini_batch_prompts
+    critic_prompts = config.critic.mini_batch_prompts or objective.mini_batch_prompts
+    critic_mini_batches = config.data.prompts_per_step // critic_prompts if objective.name == "ppo" else 0
     return Workload(
         prompts=config.data.prompts_per_step,
         samples=1 if supervised else config.rollout.samples_per_prompt,
         mini_batches=mini_batches,
         kept=ONE_SIGN_KEPT if objective.name in ("psr", "nsr") else 1.0,
         lengths=lengths,
-        old_logprobs=mini_batches > 1,
+        # PPO's rewards hold the distance to the reference; packed for the critic, a step of several parts is scored too.
+        old_logprobs=max(mini_batches, critic_mini_batches) > 1 or (critic_mini_batches > 0 and objective.kl_coefficient > 0),
         reference=objective.kl_coefficient > 0,
-        critic=objective.name == "ppo",
+        critic_mini_batches=critic_mini_batches,
     )
 
 

@@ -44,7 +44,7 @@ def test_a_micro_batch_more_in_flight_costs_what_the_log_shows() -> None:
 def test_pre_training_a_405b_model_is_as_fast_as_its_authors_say(gpus: int, data: int, batch: int, published: float) -> None:
     shape = replace(PUBLISHED["Llama-3.1-405B"], num_layers=128)  # 126, with one fewer on the first and the last of 16 stages
     layout = Layout(gpus, 8192, tensor=8, pipeline=16, virtual_pipeline=8, sequence=True, distributed_optimizer=True)
-    work = Workload(data * batch, 1, 1, 1.0, Lengths(1, 8191, 0.0, 8191), old_logprobs=False, reference=False, critic=False)
+    work = Workload(data * batch, 1, 1, 1.0, Lengths(1, 8191, 0.0, 8191), old_logprobs=False, reference=False, critic_mini_batches=0)
     trainer = Trainer(shape, layout, work, H100, 2)
     teraflops = model_flops(shape, work, work.kept_tokens) / trainer.update().seconds / gpus / 1e12
     assert teraflops == pytest.approx(published, rel=0.05)
@@ -64,7 +64,7 @@ def test_a_colocated_grpo_step_takes_no_longer_than_measured_and_at_least_a_thir
     """The published recipes name no spread of lengths and no share of memory: the prediction is a bound, not a fit."""
     shape, prompt = PUBLISHED[name], 150
     lengths = Lengths(prompt, sequence - prompt, 0.6, 4096 - prompt)
-    work = Workload(64, 32, 4, 1.0, lengths, old_logprobs=True, reference=True, critic=False)
+    work = Workload(64, 32, 4, 1.0, lengths, old_logprobs=True, reference=True, critic_mini_batches=0)
     trainer = Trainer(shape, Layout(gpus, 4096, distributed_optimizer=True, recompute="full", **layout), work, H100, 2)
     per_token = cache_per_token(shape, engine_tensor, 2)
     cache = 0.6 * H100.memory_bytes - model_elements(shape) * 2 / engine_tensor - 4 * GIB

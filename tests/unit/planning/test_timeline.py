@@ -21,14 +21,29 @@ from megatron_nsr.planning.published_models import PUBLISHED
 from megatron_nsr.planning.scaling import MODES, scaling
 from megatron_nsr.planning.step_time import Trainer
 from megatron_nsr.planning.timeline import ENGINES, TRAINER, Deployment, Timeline, simulate
-from megatron_nsr.planning.workload import Lengths, Workload, lengths_of
+from megatron_nsr.planning.workload import Lengths, Workload, lengths_of, workload_of
 from megatron_nsr.types import UserError
 
 SEVEN = PUBLISHED["Qwen2.5-7B"]
 LENGTHS = Lengths(200, 300, 0.7, 1000)
-WORK = Workload(16, 4, 2, 1.0, LENGTHS, old_logprobs=True, reference=False, critic=False)
+WORK = Workload(16, 4, 2, 1.0, LENGTHS, old_logprobs=True, reference=False, critic_mini_batches=0)
 ENGINE = Engine(SEVEN, GPUS["h200"], 1, 2, 8, 57344.0)
 NSR = Path(__file__).parents[3] / "configs" / "paper" / "qwen2.5_math_7b" / "nsr.yaml"
+
+
+def test_a_critic_with_smaller_mini_batches_makes_its_own_updates() -> None:
+    def work(*changes: str) -> Workload:
+        return workload_of(load_config(NSR.with_name("ppo.yaml"), list(changes)), LENGTHS)
+
+    assert (work().mini_batches, work().critic_mini_batches) == (4, 4)
+    many = work("critic.mini_batch_prompts=32")
+    assert (many.mini_batches, many.critic_mini_batches) == (4, 32)
+    single = ("objective.mini_batch_prompts=1024",)
+    assert work(*single).old_logprobs  # for the KL in the reward
+    assert not work(*single, "objective.kl_coefficient=0").old_logprobs
+    layout = Layout(8, 16384)
+    few, more = (Trainer(SEVEN, layout, each, GPUS["h200"], 2).phases() for each in (work(), many))
+    assert more["critic"].spent["HBM"] > few["critic"].spent["HBM"] and more["update"] == few["update"]
 
 
 def deployment(*, shared: bool, ahead: int = 0, engines: int = 4, train: float = 5.0) -> Deployment:
