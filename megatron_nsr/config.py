@@ -87,6 +87,7 @@ class Config(Section):
         self._consistent_servers()
         self._consistent_memory()
         self._consistent_critic()
+        self._consistent_fp8()
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ValueError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of 2 or more, not 1")
         if parallel.sequence and parallel.tensor == 1:
@@ -114,6 +115,19 @@ class Config(Section):
                 f"critic.mini_batch_prompts={critic.mini_batch_prompts}{origin} does not divide objective.mini_batch_prompts={prompts}; "
                 f"critic.mini_batch_prompts={prompts} makes one update a mini-batch of the policy"
             )
+
+    def _consistent_fp8(self) -> None:
+        model = self.model
+        recipe, edge = f"model.fp8={model.fp8}", f"model.fp8_edge_layers={model.fp8_edge_layers}"
+        if model.fp8 is None:
+            if model.fp8_edge_layers:
+                raise ValueError(f"{edge}: without model.fp8 all layers are in model.dtype; set it to 0")
+        elif model.backend == "cpu":
+            raise ValueError(f"{recipe} needs model.backend=te, Transformer Engine on a GPU, not cpu")
+        elif model.dtype != "bfloat16":
+            raise ValueError(f"{recipe} needs model.dtype=bfloat16, not {model.dtype}")
+        elif model.fp8 == "delayed" and model.fp8_edge_layers:
+            raise ValueError(f"{edge} needs model.fp8=tensorwise or blockwise: delayed scaling is for all layers")
 
     def _consistent_memory(self) -> None:
         for field, value in (("training.offload", self.training.offload), ("rollout.sleep_level", self.rollout.sleep_level)):

@@ -84,6 +84,12 @@ class ModelConfig(Section):
         description="fields of megatron-core's TransformerConfig that change memory or speed alone, such as {recompute_modules: [mlp]}; "
         "which they are is in training.md",
     )
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = Field(
+        None,
+        description="recipe by which the layers' matrix products compute in FP8, te only: scales from earlier values, from each tensor, "
+        "or from blocks of 128; null is dtype throughout; see training.md",
+    )
+    fp8_edge_layers: NonNegative = Field(0, description="layers at the start, and as many at the end, that stay in bfloat16 under fp8")
     head_fp8: bool = Field(
         False, description="the LM head's logits from sides rounded to FP8 (e4m3); what that does to log-probs is in fused-head.md"
     )
@@ -140,6 +146,9 @@ class RolloutConfig(Section):
     kv_cache_mib: Positive | None = Field(None, description="KV cache size, MiB; null lets vLLM size it from gpu_memory_utilization")
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
+    quantization: Literal["fp8"] | None = Field(
+        None, description="what the engine rounds pushed weights to, and computes its layers' products in; CUDA only; see rollouts.md"
+    )
     sleep_level: Annotated[int, Field(ge=0, le=2)] = Field(
         0,
         description="what a colocated engine gives back while the policy trains, CUDA only: 0 nothing; 1 the KV cache, and its weights go "

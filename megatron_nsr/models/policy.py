@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend
+from megatron_nsr.models.fp8 import Fp8, check_fp8, fp8_fields
 from megatron_nsr.models.hf_config import Llama3Rope, MixtureOfExperts, ModelShape
 from megatron_nsr.models.transformer_fields import checked_fields
 from megatron_nsr.types import UserError
@@ -71,6 +72,7 @@ def build_policy(
     head: Head,
     model: type[PolicyModel] = PolicyModel,
     fields: Mapping[str, Any] | None = None,
+    fp8: Fp8 | None = None,
 ) -> list[PolicyModel]:
     """This rank's model, one chunk per virtual stage, on the layout that `initialize_parallel` set up.
 
@@ -78,7 +80,7 @@ def build_policy(
     gives the same model on every layout. All chunks share one TransformerConfig, `chunks[0].config`. model: another class of chunk.
     fields: further ones of the TransformerConfig, `model.transformer`.
     """
-    config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute, fields=fields)
+    config = transformer_config(shape, parallel, dtype=dtype, backend=backend, recompute=recompute, fields=fields, fp8=fp8)
     stages = [None] if parallel.virtual_pipeline == 1 else range(parallel.virtual_pipeline)
     with backend.phase(), torch.random.fork_rng(devices=[]):
         return [_build_chunk(model, shape, parallel, config, backend, head, stage) for stage in stages]
@@ -137,13 +139,18 @@ def transformer_config(
     backend: Backend,
     recompute: Literal["none", "selective", "full"],
     fields: Mapping[str, Any] | None = None,
+    fp8: Fp8 | None = None,
 ) -> TransformerConfig:
     """megatron-core's configuration of this model on this layout. Needs no process group.
 
-    fields: the user's own. Raises UserError for one of them that is not to be set, and where megatron-core refuses them together.
+    fields: the user's own. Raises UserError for one of them that is not to be set, where megatron-core refuses them together, and where
+    the model cannot compute in FP8.
     """
     given = checked_fields(fields or {}, backend=backend.name, recompute=recompute)
     ours = _own_fields(shape, parallel, dtype, backend) | _recompute_fields(recompute)
+    if fp8:
+        check_fp8(fp8, shape, parallel, backend.name)
+        ours |= fp8_fields(fp8)
     try:
         config = TransformerConfig(**(ours | given))
     except (ValueError, AssertionError) as error:

@@ -45,6 +45,8 @@ SET_BY: dict[str, tuple[str, ...]] = {
     "parallel.sequence": ("sequence_parallel",),
     "parallel.context": ("context_parallel_size",),
     "parallel.expert": ("expert_model_parallel_size",),
+    "model.fp8": ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo"),
+    "model.fp8_edge_layers": ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
     "model.dtype": ("params_dtype", "pipeline_dtype", "bf16", "fp16", "enable_autocast", "autocast_dtype", "fp32_residual_connection"),
     "model.backend": (
         *("use_cpu_initialization", "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion"),
@@ -96,14 +98,15 @@ REFUSED: dict[str, tuple[str, ...]] = {
         *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
         *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
     ),
-    "checkpoints, export and push expect weights that are not quantized": (
-        *("fp8", "fp8_recipe", "fp8_param", "fp8_quantizer_factory", "fp8_margin", "fp8_interval", "fp8_amax_history_len"),
-        *("fp8_amax_compute_algo", "fp8_wgrad", "fp8_dot_product_attention", "fp8_multi_head_attention", "tp_only_amax_red"),
-        *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "fp4", "fp4_recipe", "fp4_param"),
-        *("fp4_quantizer_factory", "use_kitchen", "use_kitchen_attention", "kitchen_attention_backend", "quant_recipe"),
-        *("activation_func_fp8_input_store", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"),
-        "disable_parameter_transpose_cache",
+    "checkpoints, export and push expect weights that are not quantized (model.fp8 computes in FP8 and keeps them)": (
+        *("fp8_param", "fp4", "fp4_recipe", "fp4_param", "fp4_quantizer_factory", "quant_recipe"),
     ),
+    "what is computed in FP8 is the recipe's (model.fp8)": (
+        *("fp8_quantizer_factory", "fp8_margin", "fp8_interval", "fp8_wgrad", "fp8_dot_product_attention", "fp8_multi_head_attention"),
+        *("tp_only_amax_red", "activation_func_fp8_input_store", "disable_parameter_transpose_cache"),
+        *("use_kitchen", "use_kitchen_attention", "kitchen_attention_backend"),
+    ),
+    "experts fill their tokens up themselves under model.fp8": ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8"),
     "micro-batches differ in length, which a captured graph cannot": (
         *("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "cuda_graph_scope", "cuda_graph_use_single_mempool"),
         *("cuda_graph_retain_backward_graph", "cuda_graph_warmup_steps"),

@@ -18,6 +18,7 @@ from megatron_nsr.losses.policy_head import HeadInputs, HeadOutputs
 from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.expert_routing import LoadBalancing
+from megatron_nsr.models.fp8 import token_multiple
 from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.training.context_parallel import TokenLoss, on_whole_sequences, own_part
@@ -86,7 +87,7 @@ class Actor(ScheduledModel):
         config = self.wrapped[0].config
         self._in_step = config.expert_model_parallel_size > 1
         self._count_multiple = config.pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size else 1
-        self._token_multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        self._token_multiple = token_multiple(config)
 
     def prepare(self, batch: StepBatch, step: int, *, score: bool = False) -> PreparedStep:
         """Packs the step and recomputes old log-probs, unless a single mini-batch makes every sample on-policy. score: then too.

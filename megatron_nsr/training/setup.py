@@ -14,6 +14,7 @@ from megatron_nsr.losses.terms import LossTerms
 from megatron_nsr.losses.value_head import ValueInputs, ValueOutputs, value_head
 from megatron_nsr.models.backends import Backend
 from megatron_nsr.models.critic import CriticModel, copy_trunk
+from megatron_nsr.models.fp8 import Fp8
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import initialize_parallel
 from megatron_nsr.models.policy import Head, PolicyModel, build_policy, transformer_config
@@ -48,6 +49,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         recompute=config.training.recompute,
         head=build_head(config, shape, groups),
         fields=config.model.transformer,
+        fp8=Fp8.of(config.model),
     )
     load_initial_weights(chunks, config, shape, backend)
     signed = config.objective.name != "supervised"
@@ -80,10 +82,17 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
 
 
 def check_transformer(config: Config, shape: ModelShape, backend: Backend) -> None:
-    """Raises UserError where `model.transformer` holds what cannot be, before anything is built."""
+    """Raises UserError where `model.transformer` or `model.fp8` asks for what cannot be, before anything is built."""
     model = config.model
-    recompute, dtype = config.training.recompute, DTYPES[model.dtype]
-    transformer_config(shape, config.parallel, dtype=dtype, backend=backend, recompute=recompute, fields=model.transformer)
+    transformer_config(
+        shape,
+        config.parallel,
+        dtype=DTYPES[model.dtype],
+        backend=backend,
+        recompute=config.training.recompute,
+        fields=model.transformer,
+        fp8=Fp8.of(model),
+    )
 
 
 def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: list[PolicyModel]) -> Critic:
@@ -103,6 +112,7 @@ def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: li
         head=head,
         model=CriticModel,
         fields=config.model.transformer,
+        fp8=Fp8.of(config.model),
     )
     copy_trunk(chunks, policy)
     with backend.phase():

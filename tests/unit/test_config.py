@@ -126,6 +126,9 @@ def test_an_environment_variable_is_filled_in(file: Path, monkeypatch: pytest.Mo
         ("objective.mini_batch_prompts=3", "objective.mini_batch_prompts=3 does not divide data.prompts_per_step=8"),
         ("parallel.virtual_pipeline=2", "parallel.virtual_pipeline=2 needs parallel.pipeline of 2 or more, not 1"),
         ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor of 2 or more, not 1"),
+        ("model.fp8=mxfp8", "model.fp8='mxfp8': input should be 'delayed', 'tensorwise' or 'blockwise'"),
+        ("model.fp8_edge_layers=1", "model.fp8_edge_layers=1: without model.fp8 all layers are in model.dtype; set it to 0"),
+        ("rollout.quantization=int8", "rollout.quantization='int8': input should be 'fp8'"),
         ("run.steps=1e3", "run.steps=1000.0: write it as a whole number, 1000"),
         ("objective.positive_ratio=[1]", "objective.positive_ratio=[1]: give two numbers, [low, high]"),
         ("objective.negative_ratio=1", "objective.negative_ratio=1: give two numbers, [low, high]"),
@@ -175,6 +178,18 @@ def test_a_run_that_would_never_train_by_its_objective_is_refused(file: Path, gi
 def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(file: Path) -> None:
     rates = ("optimizer.learning_rate=1e-3", "optimizer.min_learning_rate=1e-4", "critic.learning_rate=1e-5")
     assert "optimizer.min_learning_rate=0.0001 is above critic.learning_rate=1e-05" in message(file, "objective.name=ppo", *rates)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["model.backend=cpu"], "model.fp8=delayed needs model.backend=te, Transformer Engine on a GPU, not cpu"),
+        (["model.dtype=float32"], "model.fp8=delayed needs model.dtype=bfloat16, not float32"),
+        (["model.fp8_edge_layers=2"], "model.fp8_edge_layers=2 needs model.fp8=tensorwise or blockwise"),
+    ],
+)
+def test_fp8_is_refused_where_nothing_could_compute_in_it(file: Path, given: list[str], expected: str) -> None:
+    assert expected in message(file, "model.fp8=delayed", *given)
 
 
 def test_a_server_has_one_spelling_and_stands_there_once(file: Path) -> None:

@@ -71,7 +71,10 @@ def test_what_this_project_sets_is_not_the_users_to_set(shape: ModelShape) -> No
     [
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: it must not be set: log-probs would be random"),
         ({"softmax_scale": 0.5}, "softmax_scale=0.5: it must not be set: the policy would compute another model"),
-        ({"fp8": "hybrid"}, "fp8='hybrid': it must not be set: checkpoints, export and push expect weights that are not quantized"),
+        ({"fp8": "hybrid"}, "fp8='hybrid': model.fp8 sets it"),
+        ({"first_last_layers_bf16": True}, "first_last_layers_bf16=True: model.fp8_edge_layers sets it"),
+        ({"fp8_param": True}, "fp8_param=True: it must not be set: checkpoints, export and push expect weights that are not quantized"),
+        ({"fp8_margin": 1}, "fp8_margin=1: it must not be set: what is computed in FP8 is the recipe's (model.fp8)"),
         ({"bf16": True}, "bf16=True: model.dtype sets it"),
         ({"grad_scale_func": "x"}, "grad_scale_func='x': the training loop sets it"),
         ({"num_layers": 2}, "num_layers=2: the model's config.json sets it"),
