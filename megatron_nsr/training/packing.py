@@ -65,12 +65,14 @@ def pack_micro_batches(
 ) -> list[TrainBatch]:
     """This data-parallel rank's micro-batches of a mini-batch: at least one, if need be without a real sample.
 
-    budget: tokens a micro-batch. count_multiple: of the number of micro-batches (the interleaved schedule wants a
-    multiple of the pipeline stages). token_multiple: of the tokens of a context-parallel rank (sequence parallelism splits them evenly).
+    budget: tokens a micro-batch, those that fill it up included. count_multiple: of the number of micro-batches (the interleaved schedule
+    wants a multiple of the pipeline stages). token_multiple: of the tokens of a context-parallel rank (`models.fp8.token_multiple`).
     context_size: ranks that share a micro-batch's tokens, of which this is `context_rank`; they all get the same ones. in_step: all ranks
     get the same number of micro-batches, as experts of one rank serve the tokens of others.
     """
     sizes = [filled_tokens(s.trajectory, context_size) for s in samples]
+    filled_up_to = _token_multiple(token_multiple, context_size)
+    budget = max(filled_up_to, budget - budget % filled_up_to)
     shares = balance(sizes, data_parallel_size)
     mine = shares[data_parallel_rank]
     packed = shares if in_step else [mine]
@@ -98,7 +100,7 @@ def pack(
     trajectories = [s.trajectory for s in samples]
     filled = [filled_tokens(t, context_size) for t in trajectories]
     total = max(1, sum(filled))
-    padding = total + (-total % math.lcm(token_multiple * context_size, _pieces(context_size))) - sum(filled)
+    padding = total + (-total % _token_multiple(token_multiple, context_size)) - sum(filled)
     lengths = [*filled, padding] if padding else filled
     ends = np.cumsum(lengths)
     ids = [np.concatenate([np.asarray(t.prompt_ids, np.int64), t.response_ids]) for t in trajectories]
@@ -126,6 +128,11 @@ def filled_tokens(trajectory: Trajectory, context_size: int) -> int:
     """Input tokens of a sequence with what fills it up for its context-parallel ranks."""
     tokens = sequence_tokens(trajectory)
     return tokens + -tokens % _pieces(context_size)
+
+
+def _token_multiple(of_a_rank: int, context_size: int) -> int:
+    """What the tokens of a whole micro-batch are a multiple of."""
+    return math.lcm(of_a_rank * context_size, _pieces(context_size))
 
 
 def _pieces(context_size: int) -> int:

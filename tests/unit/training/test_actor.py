@@ -85,6 +85,21 @@ def weights(actor: Actor) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in actor.chunks[0].named_parameters()}
 
 
+def test_rows_that_fill_a_micro_batch_up_for_fp8_train_nothing(model: Path) -> None:
+    """Asked of the cpu backend, which has no use for them."""
+    metrics, trained = [], []
+    for multiple in (1, 16):
+        actor = actor_of(model)
+        actor._token_multiple = multiple
+        metrics.append(steps(actor, SAMPLES[:4], SAMPLES[4:]))
+        trained.append(weights(actor))
+        assert {len(micro.tokens) % 16 for micro in actor.pack(SAMPLES)} == {0} or multiple == 1
+    for name in ("policy/loss", "policy/grad_norm", "policy/entropy", "rollout/logprob_gap_max"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5), name
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 class ClippedByHand:
     """The built-in loss, as a user would write it."""
 

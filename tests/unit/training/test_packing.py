@@ -48,6 +48,16 @@ def test_budget_holds_unless_one_sequence_alone_exceeds_it(lists: list[list[int]
         assert all(len(content) <= 1 or sum(sizes[i] for i in content) <= budget for content in contents)
 
 
+@given(SIZES, st.integers(1, 100), st.sampled_from([1, 16, 32]), st.integers(1, 3))
+def test_what_fills_a_micro_batch_up_is_within_its_budget(sizes: list[int], budget: int, multiple: int, ranks: int) -> None:
+    batches = pack_micro_batches([sample(size) for size in sizes], budget=budget, token_multiple=multiple, context_size=ranks)
+    for batch in batches:
+        assert len(batch.tokens) % (multiple * ranks) == 0
+        sequences = int((batch.response_mask.int().diff() == 1).sum())  # a prompt lies before each response
+        assert len(batch.tokens) <= max(budget, 2 * multiple * ranks) or sequences == 1
+    assert sum(int(batch.response_mask.sum()) for batch in batches) == sum(sizes)
+
+
 @given(SIZES, st.integers(1, 4), st.booleans())
 def test_data_parallel_ranks_share_every_token_once(sizes: list[int], ranks: int, in_step: bool) -> None:
     samples = [sample(size) for size in sizes]
