@@ -35,19 +35,29 @@ def test_model_state_is_that_of_megatrons_own_report_and_of_what_it_then_allocat
 
 
 def test_a_micro_batch_more_in_flight_costs_what_the_log_shows() -> None:
+    """No independent check: docs/planning.md says why."""
+    kept = []
+    for stage, most in enumerate((30227.65, 25079.27, 20931.01)):  # "max allocated", with 4, 3 and 2 micro-batches in flight
+        state = model_state(stage_elements(LLAMA2_7B, LLAMA2_LAYOUT, stage), LLAMA2_LAYOUT, 2)
+        kept.append(most - (state.weights + state.gradients + state.optimizer / 3) / MIB)  # Adam's moments come after the first peak
     more = 8 * kept_by_layer(LLAMA2_7B, LLAMA2_LAYOUT, 2, "te") / MIB
-    # "max allocated" of the first three stages, which hold 4, 3 and 2 micro-batches, less their weights, gradients and fp32 weights
-    assert more == pytest.approx(4236, rel=0.05) and more == pytest.approx(4148, rel=0.05)
+    assert more == pytest.approx(kept[0] - kept[1], rel=0.01) and more == pytest.approx(kept[1] - kept[2], rel=0.01)
 
 
-@pytest.mark.parametrize(("gpus", "data", "batch", "published"), [(8192, 64, 32, 430), (16384, 128, 16, 400)])
-def test_pre_training_a_405b_model_is_as_fast_as_its_authors_say(gpus: int, data: int, batch: int, published: float) -> None:
-    shape = replace(PUBLISHED["Llama-3.1-405B"], num_layers=128)  # 126, with one fewer on the first and the last of 16 stages
-    layout = Layout(gpus, 8192, tensor=8, pipeline=16, virtual_pipeline=8, sequence=True, distributed_optimizer=True)
-    work = Workload(data * batch, 1, 1, 1.0, Lengths(1, 8191, 0.0, 8191), old_logprobs=False, reference=False, critic_mini_batches=0)
-    trainer = Trainer(shape, layout, work, H100, 2)
-    teraflops = model_flops(shape, work, work.kept_tokens) / trainer.update().seconds / gpus / 1e12
-    assert teraflops == pytest.approx(published, rel=0.05)
+@pytest.mark.parametrize(
+    ("gpus", "data", "context", "tokens", "batch", "published", "error"),
+    [(8192, 64, 1, 8192, 32, 430, 0.05), (16384, 128, 1, 8192, 16, 400, 0.05), (16384, 8, 16, 131072, 16, 380, 0.2)],
+)
+def test_pre_training_a_405b_model_is_as_fast_as_its_authors_say(
+    gpus: int, data: int, context: int, tokens: int, batch: int, published: float, error: float
+) -> None:
+    model = PUBLISHED["Llama-3.1-405B"]
+    slots = replace(model, num_layers=128)  # 126 layers, the embedding and the head in 16 stages of 8 chunks
+    layout = Layout(gpus, tokens, tensor=8, pipeline=16, virtual_pipeline=8, context=context, sequence=True, distributed_optimizer=True)
+    lengths = Lengths(1, tokens - 1, 0.0, tokens - 1)
+    work = Workload(data * batch, 1, 1, 1.0, lengths, old_logprobs=False, reference=False, critic_mini_batches=0)
+    seconds = Trainer(slots, layout, work, H100, 2).update(head=0).seconds  # of a stage of 8 layers: the head stands for one
+    assert model_flops(model, work, work.kept_tokens) / seconds / gpus / 1e12 == pytest.approx(published, rel=error)
 
 
 @pytest.mark.parametrize(
