@@ -5,9 +5,14 @@ May import: models, planning. Formulas with their sources: docs/planning.md.
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.layout import Layout
-from megatron_nsr.planning.parameters import Elements, model_elements
+from megatron_nsr.planning.parameters import Elements, model_elements, stage_elements
+from megatron_nsr.planning.passes import Passes, step_passes
+from megatron_nsr.planning.workload import Workload
 
 
 def ring(ranks: int) -> float:
@@ -38,8 +43,34 @@ def context_bytes(shape: ModelShape, layout: Layout, tokens: float, element: int
 
 
 def pipeline_bytes(shape: ModelShape, layout: Layout, part_tokens: float, element: int) -> float:
-    """One micro-batch, one way: every chunk's output goes to the next stage."""
+    """One way: every chunk's output goes to the next stage."""
     return 0.0 if layout.pipeline == 1 else part_tokens * shape.hidden * element * layout.virtual_pipeline
+
+
+def passes_bytes(shape: ModelShape, layout: Layout, passes: Passes, tokens: float, element: int) -> dict[str, float]:
+    """By group, of `tokens` tokens of a rank in one stage's layers. A layer that is recomputed sends again, but not between stages."""
+    layers, part = shape.num_layers / layout.pipeline, tokens / layout.tensor if layout.sequence else tokens
+    ways = layers * (1 + passes.backwards * (2 if layout.recompute == "full" else 1))
+    return {
+        "tensor parallel": ways * tensor_bytes(shape, layout, tokens, element),
+        "context parallel": ways * context_bytes(shape, layout, tokens, element),
+        "expert parallel": ways * expert_bytes(shape, layout, part, element),
+        "pipeline": (1 + passes.backwards) * pipeline_bytes(shape, layout, part, element),
+    }
+
+
+def step_bytes(shape: ModelShape, layout: Layout, workload: Workload, element: int) -> dict[str, float]:
+    """By group, of one GPU of the first stage in all phases of a step but sampling; groups that send nothing are left out."""
+    found: dict[str, float] = defaultdict(float)
+    tokens = workload.kept_tokens / layout.data / layout.context
+    for passes in itertools.chain(*step_passes(workload).values()):
+        for group, size in passes_bytes(shape, layout, passes, tokens, element).items():
+            found[group] += size
+        elements = stage_elements(shape, layout, 0, critic=passes.critic)
+        found["data parallel, gradients"] += passes.updates * gradient_bytes(layout, elements)
+        found["data parallel, weights"] += passes.updates * parameter_bytes(layout, elements, element)
+    found["push, inside a stage"], found["push, between stages"] = push_gather_bytes(shape, layout, element)
+    return {name: size for name, size in found.items() if size}
 
 
 def gradient_bytes(layout: Layout, elements: Elements) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.planning.layout import Layout
+from megatron_nsr.planning.passes import Passes, step_passes
 from megatron_nsr.planning.workload import Lengths, Workload
 
 
@@ -36,13 +38,37 @@ def mean_context(lengths: Lengths) -> float:
     return min(squared / lengths.sequence_mean, lengths.prompt_mean + lengths.cap) / 2
 
 
-def forward_flops(shape: ModelShape, workload: Workload, tokens: float, *, head: int = 1) -> float:
-    """Of a pass over packed sequences. head: products with the LM head, of response tokens alone."""
-    layer = layer_products(shape) + attention_products(shape, mean_context(workload.lengths))
-    return tokens * (shape.num_layers * layer + head * workload.response_share * head_products(shape))
+def layer_work(shape: ModelShape, layout: Layout, passes: Passes, context: float) -> tuple[float, float]:
+    """Of one token in one layer, outside of a mixture's experts and in them. Backward is twice forward, and what is recomputed."""
+    times = 1 + 2 * passes.backwards + (passes.backwards if layout.recompute == "full" else 0)
+    experts = expert_products(shape)
+    return times * (layer_products(shape) - experts + attention_products(shape, context)), times * experts
+
+
+def passes_flops(shape: ModelShape, layout: Layout, workload: Workload, passes: Passes) -> float:
+    """Of all GPUs together. The head is for response tokens alone."""
+    layers = shape.num_layers * sum(layer_work(shape, layout, passes, mean_context(workload.lengths)))
+    return workload.kept_tokens * (layers + passes.head * workload.response_share * head_products(shape))
+
+
+def step_flops(shape: ModelShape, layout: Layout, workload: Workload) -> dict[str, float]:
+    """Of all GPUs together, by phase. Sampled tokens pass once; prompts are read once for all their samples."""
+    lengths = workload.lengths
+    sampled = workload.sequences * lengths.response_mean
+    found = {
+        "prefill": forward_flops(shape, workload, workload.prompts * lengths.prompt_mean),
+        "decode": forward_flops(shape, workload, sampled) + sampled * head_products(shape),
+    }
+    for name, passes in step_passes(workload).items():
+        found[name] = sum(passes_flops(shape, layout, workload, one) for one in passes)
+    return found
+
+
+def forward_flops(shape: ModelShape, workload: Workload, tokens: float) -> float:
+    """Of the layers, over packed sequences."""
+    return tokens * shape.num_layers * (layer_products(shape) + attention_products(shape, mean_context(workload.lengths)))
 
 
 def model_flops(shape: ModelShape, workload: Workload, tokens: float) -> float:
     """Of an update as utilization counts them: forward and backward, without what is recomputed."""
-    layers = 3 * forward_flops(shape, workload, tokens, head=0)
-    return layers + 3 * tokens * workload.response_share * head_products(shape)
+    return 3 * (forward_flops(shape, workload, tokens) + tokens * workload.response_share * head_products(shape))

@@ -15,7 +15,8 @@ from megatron_nsr.planning.engine import EngineMemory, engine_memory
 from megatron_nsr.planning.hardware import GIB, Gpu
 from megatron_nsr.planning.layout import Layout, longest_tokens
 from megatron_nsr.planning.parameters import Elements, largest_tensor, model_elements, stage_elements
-from megatron_nsr.planning.workload import Workload, micro_batches
+from megatron_nsr.planning.passes import update_passes
+from megatron_nsr.planning.workload import Workload
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 BATCH_TOKEN_BYTES = 80  # of a packed token on the device: ids, targets, weights and log-probs of training/packing.py and HeadOutputs
@@ -84,7 +85,7 @@ def plan_stage(
         parts |= _states(
             "critic ", model_state(stage_elements(shape, layout, stage, critic=True), layout, element), config.training.offload
         )
-    counted = micro_batches(workload, layout)
+    counted = update_passes(workload).per_schedule(workload, layout)
     chunk = config.training.head_chunk_tokens
     sign_norms = config.logging.sign_norms_every > 0 and config.objective.entropy_coefficient > 0 and config.objective.name != "supervised"
     work = workspace_bytes(shape, layout, stage, element, gpu.backend, chunk=chunk, sign_norms=sign_norms)

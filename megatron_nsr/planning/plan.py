@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
-from megatron_nsr.planning import communication
+from megatron_nsr.planning.communication import step_bytes
 from megatron_nsr.planning.engine import engine_memory
-from megatron_nsr.planning.flops import forward_flops, model_flops
+from megatron_nsr.planning.flops import model_flops, step_flops
 from megatron_nsr.planning.generation import Engine, Generation, generate_on
 from megatron_nsr.planning.hardware import HOST_SHARE, Gpu
 from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, moved_bytes, plan_memory
-from megatron_nsr.planning.parameters import stage_elements
 from megatron_nsr.planning.step_time import Phase, Trainer
-from megatron_nsr.planning.workload import Lengths, Workload, micro_batches, workload_of
+from megatron_nsr.planning.workload import Lengths, Workload, workload_of
 from megatron_nsr.types import UserError
 
 
@@ -66,12 +65,8 @@ def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: L
     phases: dict[str, Phase] = {}
     if config.objective.name != "supervised":
         phases["rollout"] = rollout_phase(config, shape, gpus, gpu, workload)
-    phases |= trainer.phases()
     memory = plan_memory(config, shape, layout, workload, gpu)
-    if moved := moved_bytes(config, memory.parts):
-        phases["offload"] = Phase({"host": 2 * moved / (gpu.host_bandwidth * HOST_SHARE)})
-    if config.objective.name != "supervised":
-        phases["push"] = trainer.push(servers=config.rollout.mode == "server")
+    phases |= training_phases(config, trainer, memory)
     return Plan(
         config,
         shape,
@@ -81,9 +76,19 @@ def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: L
         workload,
         memory,
         phases,
-        step_communication(shape, layout, workload, element),
-        step_flops(shape, workload, layout),
+        step_bytes(shape, layout, workload, element),
+        step_flops(shape, layout, workload),
     )
+
+
+def training_phases(config: Config, trainer: Trainer, memory: MemoryPlan) -> dict[str, Phase]:
+    """All of a step but sampling, in their order: what a plan, the search of layouts and simulated steps count."""
+    phases = trainer.phases()
+    if moved := moved_bytes(config, memory.parts):
+        phases["offload"] = Phase({"host": 2 * moved / (trainer.gpu.host_bandwidth * HOST_SHARE)})
+    if config.objective.name != "supervised":
+        phases["push"] = trainer.push(servers=config.rollout.mode == "server")
+    return phases
 
 
 def engine_of(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths) -> Engine:
@@ -107,40 +112,3 @@ def rollout_phase(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, worklo
 
 def generation_phase(done: Generation) -> Phase:
     return Phase({"compute": done.prefill + done.decode - done.memory_bound, "HBM": done.memory_bound})
-
-
-def step_communication(shape: ModelShape, layout: Layout, workload: Workload, element: int) -> dict[str, float]:
-    """Bytes that one GPU of the first stage sends in a step's update, and in a push."""
-    elements = stage_elements(shape, layout, 0)
-    count = micro_batches(workload, layout) * workload.mini_batches
-    tokens = workload.kept_tokens / layout.data / layout.context
-    part = tokens / layout.tensor if layout.sequence else tokens
-    passes = (3 if layout.recompute == "full" else 2) * shape.num_layers / layout.pipeline
-    inside, between = communication.push_gather_bytes(shape, layout, element)
-    found = {
-        "tensor parallel": passes * communication.tensor_bytes(shape, layout, tokens, element),
-        "context parallel": passes * communication.context_bytes(shape, layout, tokens, element),
-        "expert parallel": passes * communication.expert_bytes(shape, layout, part, element),
-        "pipeline": 2 * communication.pipeline_bytes(shape, layout, part / count, element) * count,
-        "data parallel, gradients": workload.mini_batches * communication.gradient_bytes(layout, elements),
-        "data parallel, weights": workload.mini_batches * communication.parameter_bytes(layout, elements, element),
-        "push, inside a stage": inside,
-        "push, between stages": between,
-    }
-    return {name: size for name, size in found.items() if size}
-
-
-def step_flops(shape: ModelShape, workload: Workload, layout: Layout) -> dict[str, float]:
-    """Of all GPUs together. Sampled tokens pass once; prompts are read once for all their samples."""
-    lengths, kept = workload.lengths, workload.kept_tokens
-    one_pass = forward_flops(shape, workload, kept)
-    again = forward_flops(shape, workload, kept, head=0) if layout.recompute == "full" else 0.0
-    sampled = workload.sequences * lengths.response_mean
-    found = {
-        "prefill": forward_flops(shape, workload, workload.prompts * lengths.prompt_mean, head=0),
-        "decode": forward_flops(shape, workload, sampled, head=0) + sampled * 2 * shape.hidden * shape.vocab_size,
-        "old_logprobs": one_pass if workload.old_logprobs else 0.0,
-        "reference": one_pass if workload.reference else 0.0,
-        "update": model_flops(shape, workload, kept) + again,
-    }
-    return {name: count for name, count in found.items() if count}

@@ -105,7 +105,7 @@ def _time(plan: Plan) -> Table:
 
 
 def _communication(plan: Plan) -> Table:
-    table = _table("sent by one GPU in a step's update, and in a push", "group", "GB")
+    table = _table("sent by one GPU in a step", "group", "GB")
     for name, size in plan.communication.items():
         table.add_row(name, f"{size / GB:,.3g}")
     return table

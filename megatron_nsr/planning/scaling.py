@@ -6,8 +6,10 @@ May import: config, models, observability, rich, planning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -15,16 +17,16 @@ from rich.table import Table
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.hardware import Gpu
-from megatron_nsr.planning.layout import Layout, layout_of
+from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, plan_memory
-from megatron_nsr.planning.plan import engine_of
+from megatron_nsr.planning.plan import engine_of, training_phases
 from megatron_nsr.planning.step_time import Trainer
 from megatron_nsr.planning.timeline import ENGINES, TRAINER, Deployment, Timeline, simulate
 from megatron_nsr.planning.workload import Lengths, workload_of
 from megatron_nsr.types import UserError
 
 MOST_GPUS = 1024
-SERVING_SHARES = (0.25, 0.5, 0.75)  # of the GPUs, tried for engines of their own
+SERVING_SHARES = [0.25, 0.5, 0.75]  # of the GPUs, tried for engines of their own where the config has no servers
 DEDICATED_MEMORY = 0.9  # of a GPU, for an engine that has it alone
 STEPS = 3
 MODES = ("colocated", "disaggregated", "disaggregated, one step ahead")
@@ -32,7 +34,7 @@ MODES = ("colocated", "disaggregated", "disaggregated, one step ahead")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One deployment at one number of GPUs. efficiency: tokens a second and GPU, over those of the smallest colocated deployment."""
+    """One deployment at one number of GPUs. efficiency: tokens a second and GPU, over those of the first deployment."""
 
     mode: str
     gpus: int
@@ -42,8 +44,8 @@ class Point:
 
 
 def scaling(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths) -> list[Point]:
-    """Doubles the GPUs, and with them the data-parallel ranks and the engines. Raises UserError where the first layout does not exist."""
-    study = Study(config, shape, gpu, lengths)
+    """Doubles the GPUs, and with them the data-parallel ranks and the engines."""
+    study = Study(config, shape, gpus, gpu, lengths)
     sizes = [gpus << doubling for doubling in range(MOST_GPUS.bit_length()) if gpus << doubling <= max(gpus, MOST_GPUS)]
     found: list[Point] = []
     for size in sizes:
@@ -63,6 +65,7 @@ class Study:
 
     config: Config
     shape: ModelShape
+    gpus: int  # that the config is meant for
     gpu: Gpu
     lengths: Lengths
 
@@ -73,20 +76,24 @@ class Study:
         """For each mode those that are possible on this many GPUs, and whether the trainer fits."""
         apart = list(self._apart(gpus))
         ahead = [(replace(one, ahead=1), fits) for one, fits in apart]
-        return [self._colocated(gpus)], apart, ahead
+        return list(self._colocated(gpus)), apart, ahead
 
-    def _colocated(self, gpus: int) -> tuple[Deployment, bool]:
-        config = self.config.model_copy(update={"rollout": self.config.rollout.model_copy(update={"mode": "colocated", "servers": []})})
+    def _colocated(self, gpus: int) -> Iterator[tuple[Deployment, bool]]:
+        config = self._with({"mode": "colocated", "servers": [], "max_staleness": 0}, {})
         engine = engine_of(config, self.shape, self.gpu, self.lengths)
         engines = max(1, gpus // engine.tensor)
-        train, push, fits = self._trained(config, layout_of(config, self.shape, gpus), servers=False)
-        return Deployment(engine, engines, gpus, train, push, shared=True), fits
+        with suppress(UserError):  # a layout that divides the GPUs left by servers need not divide all of them
+            train, push, fits = self._trained(config, layout_of(config, self.shape, gpus))
+            yield Deployment(engine, engines, gpus, train, push, shared=True), fits
 
     def _apart(self, gpus: int) -> Iterator[tuple[Deployment, bool]]:
-        memory = {"mode": "server", "gpu_memory_utilization": DEDICATED_MEMORY, "kv_cache_mib": None}
-        config = self.config.model_copy(update={"rollout": self.config.rollout.model_copy(update=memory)})
+        if self.config.rollout.mode == "server":
+            config, shares = self.config, [1 - trainer_gpus(self.config, self.gpus) / self.gpus]
+        else:
+            alone = {"mode": "server", "gpu_memory_utilization": DEDICATED_MEMORY, "kv_cache_mib": None, "sleep_level": 0}
+            config, shares = self._with(alone, {"offload": "none"}), SERVING_SHARES
         engine = engine_of(config, self.shape, self.gpu, self.lengths)
-        for share in SERVING_SHARES:
+        for share in shares:
             engines = round(gpus * share) // engine.tensor
             training = gpus - engines * engine.tensor
             try:
@@ -94,14 +101,22 @@ class Study:
             except UserError:
                 continue
             if engines:
-                train, push, fits = self._trained(config, layout, servers=True)
+                train, push, fits = self._trained(config, layout)
                 yield Deployment(engine, engines, training, train, push, shared=False), fits
 
-    def _trained(self, config: Config, layout: Layout, *, servers: bool) -> tuple[float, float, bool]:
+    def _with(self, rollout: dict[str, Any], training: dict[str, Any]) -> Config:
+        """The config with these fields of two sections."""
+        sections = {"rollout": self.config.rollout.model_copy(update=rollout), "training": self.config.training.model_copy(update=training)}
+        return self.config.model_copy(update=sections)
+
+    def _trained(self, config: Config, layout: Layout) -> tuple[float, float, bool]:
+        """Seconds of a step without sampling and push, seconds of the push, and whether the trainer fits."""
         workload = workload_of(config, self.lengths)
         trainer = Trainer(self.shape, layout, workload, self.gpu, ELEMENT_BYTES[config.model.dtype])
-        fits = plan_memory(config, self.shape, layout, workload, self.gpu).problem is None
-        return trainer.seconds, trainer.push(servers=servers).seconds, fits
+        memory = plan_memory(config, self.shape, layout, workload, self.gpu)
+        seconds = {name: phase.seconds for name, phase in training_phases(config, trainer, memory).items()}
+        push = seconds.pop("push")
+        return sum(seconds.values()), push, memory.problem is None
 
 
 def render_scaling(points: Sequence[Point]) -> Table:

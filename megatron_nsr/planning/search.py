@@ -12,6 +12,7 @@ from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.planning.hardware import Gpu
 from megatron_nsr.planning.layout import Layout, Recompute, layout_of, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, plan_memory
+from megatron_nsr.planning.plan import training_phases
 from megatron_nsr.planning.step_time import Trainer
 from megatron_nsr.planning.workload import Lengths, workload_of
 from megatron_nsr.types import UserError
@@ -22,7 +23,7 @@ MOST_STAGES, MOST_CHUNKS = 64, 8
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """seconds: of the trainer's phases and the push; sampling does not depend on the trainer's layout."""
+    """seconds: of a step without sampling; that does not depend on the trainer's layout."""
 
     layout: Layout
     seconds: float
@@ -36,9 +37,8 @@ def best_layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths
     for layout in layouts(config, shape, trainer_gpus(config, gpus), gpu):
         memory = plan_memory(config, shape, layout, workload, gpu)
         if memory.problem is None:
-            trainer = Trainer(shape, layout, workload, gpu, element)
-            seconds = trainer.seconds + trainer.push(servers=config.rollout.mode == "server").seconds
-            found.append(Candidate(layout, seconds, memory))
+            phases = training_phases(config, Trainer(shape, layout, workload, gpu, element), memory)
+            found.append(Candidate(layout, sum(phase.seconds for phase in phases.values()), memory))
     return sorted(found, key=lambda candidate: (round(candidate.seconds, 3), candidate.memory.peak))[:count]
 
 

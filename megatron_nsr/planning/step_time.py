@@ -6,17 +6,18 @@ May import: config, models, planning. Formulas with their sources: docs/planning
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning import communication
-from megatron_nsr.planning.flops import attention_products, expert_products, head_products, layer_products, mean_context
+from megatron_nsr.planning.flops import head_products, layer_work, mean_context
 from megatron_nsr.planning.hardware import EXPERT_MATMUL_SHARE, HOST_SHARE, MATMUL_SHARE, MEMORY_SHARE, NETWORK_SHARE, Gpu, bandwidth
 from megatron_nsr.planning.layout import Layout
 from megatron_nsr.planning.memory import model_state
-from megatron_nsr.planning.parameters import model_elements, stage_elements
-from megatron_nsr.planning.workload import Workload, micro_batches
+from megatron_nsr.planning.parameters import Elements, model_elements, stage_elements
+from megatron_nsr.planning.passes import Passes, step_passes
+from megatron_nsr.planning.workload import Workload
 
 RESOURCES = ("compute", "HBM", "NVLink", "network", "host", "idle")  # idle: the pipeline fills and drains
 
@@ -58,31 +59,23 @@ class Trainer:
 
     def phases(self) -> dict[str, Phase]:
         """By the names of the trainer's clock (time/*_s); grading is not planned."""
-        found = {}
-        if self.workload.old_logprobs:
-            found["old_logprobs"] = self.forward_pass()
+        found = {name: reduce(Phase.__add__, map(self.over, passes)) for name, passes in step_passes(self.workload).items()}
         if self.workload.reference:
-            found["reference"] = self.forward_pass() + self.exchange()
-        if self.workload.critic:
-            critic = replace(self, workload=replace(self.workload, mini_batches=self.workload.critic_mini_batches))
-            found["critic"] = critic.forward_pass(head=0) + critic.update(head=0)
-        found["update"] = self.update()
+            found["reference"] += self.exchange()
         return found
 
     @property
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases().values())
 
-    def forward_pass(self, *, head: int = 1) -> Phase:
-        """Over the kept samples, forward only."""
-        count = self.workload.mini_batches * micro_batches(self.workload, self.layout)
-        return self._pipelined(count, forwards=1, backwards=0, head=head)
-
-    def update(self, *, head: int = 3) -> Phase:
-        """One optimizer step a mini-batch. head: products with the LM head; a critic has none."""
-        forwards = 2 if self.layout.recompute == "full" else 1
-        passes = self._pipelined(micro_batches(self.workload, self.layout), forwards=forwards, backwards=1, head=head)
-        return (passes + self._reduction() + self._optimizer()).times(self.workload.mini_batches)
+    def over(self, passes: Passes) -> Phase:
+        """All runs of the schedule, with the optimizer's steps between them."""
+        runs, count = passes.updates or 1, passes.per_schedule(self.workload, self.layout)
+        seconds = self._pipelined(self.workload.kept_tokens / runs, count, passes)
+        if passes.updates:
+            elements = stage_elements(self.shape, self.layout, 0, critic=passes.critic)
+            seconds = seconds + self._reduction(elements) + self._optimizer(elements)
+        return seconds.times(runs)
 
     def exchange(self) -> Phase:
         """The reference's weights into the model and out again: both ways each time."""
@@ -100,48 +93,38 @@ class Trainer:
         sent = Phase({"network": whole / (self.gpu.network_bandwidth * NETWORK_SHARE)}) if servers else NOTHING
         return gather + broadcast + copies + sent
 
-    def _pipelined(self, count: int, *, forwards: int, backwards: int, head: int) -> Phase:
-        """`count` micro-batches through the stages: the slowest sets the pace, and the pipeline fills and drains once."""
-        tokens = self.workload.kept_tokens / self.layout.data / self.layout.context
-        if backwards:
-            tokens /= self.workload.mini_batches
+    def _pipelined(self, tokens: float, count: int, passes: Passes) -> Phase:
+        """`tokens` of all ranks, in `count` micro-batches a rank: the slowest stage sets the pace, and the pipeline fills once."""
+        mine = tokens / self.layout.data / self.layout.context
         stages = sorted({0, self.layout.pipeline - 1})
-        each = [self._stage(tokens / count, stage, forwards=forwards, backwards=backwards, head=head) for stage in stages]
+        each = [self._stage(mine / count, stage, passes) for stage in stages]
         slowest = max(each, key=lambda phase: phase.seconds)
         idle = (self.layout.pipeline - 1) / self.layout.virtual_pipeline * slowest.seconds
         return slowest.times(count) + Phase({"idle": idle})
 
-    def _stage(self, tokens: float, stage: int, *, forwards: int, backwards: int, head: int) -> Phase:
+    def _stage(self, tokens: float, stage: int, passes: Passes) -> Phase:
         """One micro-batch of `tokens` tokens a rank on one stage."""
         shape, layout = self.shape, self.layout
-        layers, part = shape.num_layers / layout.pipeline, tokens / layout.tensor if layout.sequence else tokens
-        ways = forwards + backwards
-        experts = expert_products(shape)
-        products = layer_products(shape) - experts + attention_products(shape, mean_context(self.workload.lengths))
-        work = layers * (products / MATMUL_SHARE + experts / EXPERT_MATMUL_SHARE) * (forwards + 2 * backwards)
+        dense, experts = layer_work(shape, layout, passes, mean_context(self.workload.lengths))
+        work = shape.num_layers / layout.pipeline * (dense / MATMUL_SHARE + experts / EXPERT_MATMUL_SHARE)
         if stage == layout.pipeline - 1:
-            work += head * self.workload.response_share * head_products(shape) / MATMUL_SHARE
+            work += passes.head * self.workload.response_share * head_products(shape) / MATMUL_SHARE
+        sent = communication.passes_bytes(shape, layout, passes, tokens, self.element)
         found = [
             Phase({"compute": tokens * work / layout.tensor / self.gpu.flops}),
-            self._on_wire(layout.tensor, ways * layers * communication.tensor_bytes(shape, layout, tokens, self.element)),
-            self._on_wire(layout.expert, ways * layers * communication.expert_bytes(shape, layout, part, self.element)),
-            self._on_wire(
-                layout.pipeline,
-                (1 + backwards) * communication.pipeline_bytes(shape, layout, part, self.element),
-                stride=layout.gpus // layout.pipeline,
-            ),
+            self._on_wire(layout.tensor, sent["tensor parallel"]),
+            self._on_wire(layout.expert, sent["expert parallel"]),
+            self._on_wire(layout.pipeline, sent["pipeline"], stride=layout.gpus // layout.pipeline),
         ]
         return reduce(Phase.__add__, found)
 
-    def _reduction(self) -> Phase:
+    def _reduction(self, elements: Elements) -> Phase:
         """Gradients summed and new weights gathered over the ranks that hold the same parameters."""
-        elements = stage_elements(self.shape, self.layout, 0)
         sent = communication.gradient_bytes(self.layout, elements) + communication.parameter_bytes(self.layout, elements, self.element)
         return self._on_wire(self.layout.replicas, sent, stride=self.layout.tensor)
 
-    def _optimizer(self) -> Phase:
+    def _optimizer(self, elements: Elements) -> Phase:
         """Gradients are set to zero, their norm is taken, and Adam reads and writes its state."""
-        elements = stage_elements(self.shape, self.layout, 0)
         state = model_state(elements, self.layout, self.element)
         moved = 2 * state.gradients + 2 * state.optimizer + state.weights
         return Phase({"HBM": moved / (self.gpu.memory_bandwidth * MEMORY_SHARE)})

@@ -49,7 +49,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Events of whole steps, from the first draw to the last push."""
+    """Events of whole steps: from the first draw, or where that came a step before from the first update, to the last push."""
 
     deployment: Deployment
     events: tuple[Event, ...]
@@ -71,21 +71,21 @@ class Timeline:
 
 
 def simulate(deployment: Deployment, workload: Workload, steps: int, seed: int) -> Timeline:
-    """`steps` training steps. The push after step n waits until step n + 1 is drawn, where that is drawn ahead."""
-    drawn = [_draw(deployment, workload, seed, step) for step in range(1, steps + 1)]
+    """`steps` training steps in the middle of a run. The push after step n waits until step n + 1 is drawn, where that is drawn ahead."""
+    drawn = [_draw(deployment, workload, seed, step) for step in range(1, steps + deployment.ahead + 1)]
     events: list[Event] = []
-    clock = _rollout(events, deployment, drawn[0], 1, 0.0) if deployment.ahead else 0.0
-    for step, generations in enumerate(drawn, start=1):
+    clock = 0.0
+    for step, generations in enumerate(drawn[:steps], start=1):
         if not deployment.ahead:
             clock = _rollout(events, deployment, generations, step, clock)
         seconds = deployment.train_seconds * sum(one.tokens for one in generations) / _mean_tokens(workload)
         end = clock + seconds
         events.append(Event(step, TRAINER, "train", clock, end, seconds * deployment.trainer_gpus))
-        if deployment.ahead and step < steps:
+        if deployment.ahead:
             end = max(end, _rollout(events, deployment, drawn[step], step + 1, clock))
         events.append(Event(step, TRAINER, "push", end, end + deployment.push_seconds, deployment.push_seconds * deployment.trainer_gpus))
         clock = end + deployment.push_seconds
-    return Timeline(deployment, tuple(events), sum(one.tokens for generations in drawn for one in generations))
+    return Timeline(deployment, tuple(events), sum(one.tokens for generations in drawn[:steps] for one in generations))
 
 
 def _draw(deployment: Deployment, workload: Workload, seed: int, step: int) -> list[Generation]:

@@ -48,6 +48,11 @@ class Workload:
         return self.critic_mini_batches > 0
 
     @property
+    def packings(self) -> int:
+        """Parts of the samples that are packed by themselves: the critic's mini-batches cut the policy's."""
+        return max(self.mini_batches, self.critic_mini_batches)
+
+    @property
     def sequences(self) -> int:
         return self.prompts * self.samples
 
@@ -99,7 +104,7 @@ def workload_of(config: Config, lengths: Lengths) -> Workload:
 
 
 def micro_batches(workload: Workload, layout: Layout) -> int:
-    """Of one mini-batch on one data-parallel rank. An interleaved schedule wants a multiple of the stages."""
-    tokens = workload.kept_tokens / workload.mini_batches / layout.data
+    """Of one packing on one data-parallel rank. An interleaved schedule wants a multiple of the stages."""
+    tokens = workload.kept_tokens / workload.packings / layout.data
     count = max(1, math.ceil(tokens / layout.micro_batch_tokens))
     return count + (-count % layout.pipeline if layout.virtual_pipeline > 1 else 0)

@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nsr.config_files import load_config
+from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.command import show_plan
+from megatron_nsr.planning.flops import head_products
 from megatron_nsr.planning.generation import Engine, draw_lengths, generate, generate_on
 from megatron_nsr.planning.hardware import GPUS
 from megatron_nsr.planning.layout import Layout
+from megatron_nsr.planning.plan import Plan, make_plan
 from megatron_nsr.planning.published_models import PUBLISHED
-from megatron_nsr.planning.scaling import MODES, scaling
+from megatron_nsr.planning.scaling import MODES, STEPS, scaling
+from megatron_nsr.planning.search import best_layouts
 from megatron_nsr.planning.step_time import Trainer
 from megatron_nsr.planning.timeline import ENGINES, TRAINER, Deployment, Timeline, simulate
 from megatron_nsr.planning.workload import Lengths, Workload, lengths_of, workload_of
@@ -29,6 +33,14 @@ LENGTHS = Lengths(200, 300, 0.7, 1000)
 WORK = Workload(16, 4, 2, 1.0, LENGTHS, old_logprobs=True, reference=False, critic_mini_batches=0)
 ENGINE = Engine(SEVEN, GPUS["h200"], 1, 2, 8, 57344.0)
 NSR = Path(__file__).parents[3] / "configs" / "paper" / "qwen2.5_math_7b" / "nsr.yaml"
+
+
+CONFIGS = NSR.parents[2]
+
+
+def plan_of(file: Path, shape: ModelShape, gpus: int, *changes: str) -> Plan:
+    config = load_config(file, list(changes))
+    return make_plan(config, shape, gpus, GPUS["h200"], lengths_of(config, prompt_mean=None, response_mean=None, response_spread=None))
 
 
 def test_a_critic_with_smaller_mini_batches_makes_its_own_updates() -> None:
@@ -43,7 +55,49 @@ def test_a_critic_with_smaller_mini_batches_makes_its_own_updates() -> None:
     assert not work(*single, "objective.kl_coefficient=0").old_logprobs
     layout = Layout(8, 16384)
     few, more = (Trainer(SEVEN, layout, each, GPUS["h200"], 2).phases() for each in (work(), many))
-    assert more["critic"].spent["HBM"] > few["critic"].spent["HBM"] and more["update"] == few["update"]
+    assert more["critic"].spent["HBM"] > few["critic"].spent["HBM"]
+    assert more["update"].spent["HBM"] == pytest.approx(few["update"].spent["HBM"])
+
+
+def test_a_critic_sends_and_computes_as_much_as_its_passes() -> None:
+    layout = ("parallel.tensor=2", "parallel.sequence=true", "parallel.distributed_optimizer=true", "training.recompute=none")
+    both = plan_of(NSR.with_name("ppo.yaml"), SEVEN, 8, *layout, "critic.mini_batch_prompts=64")
+    policy = plan_of(NSR.with_name("ppo.yaml"), SEVEN, 8, *layout, "objective.name=reinforce", "objective.form=clipped")
+    head = head_products(SEVEN) * policy.workload.kept_tokens * policy.workload.response_share
+    layers = policy.flops["old_logprobs"] - head
+    assert both.flops["critic"] == pytest.approx(4 * layers)  # judged once, then forward and twice that backward; no head
+    assert both.flops["update"] == policy.flops["update"]
+    sent = {name: both.communication[name] / policy.communication[name] for name in policy.communication}
+    assert sent["tensor parallel"] == pytest.approx((1 + 1 + 1 + 2 + 2) / (1 + 2))  # log-probs, reference, judged, two updates
+    assert 4 < sent["data parallel, gradients"] < 5  # 16 updates beside 4, without the head
+    assert sent["push, inside a stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "gpus"),
+    [
+        ("paper/qwen2.5_math_7b/ppo.yaml", "Qwen2.5-Math-7B", 8),  # a critic, a reference and old log-probs
+        ("scale/qwen2.5_7b_1x8.yaml", "Qwen2.5-7B", 8),  # offload and sleep
+        ("scale/llama3.1_405b_64x8.yaml", "Llama-3.1-405B", 512),  # servers, one step ahead
+    ],
+)
+def test_a_simulated_step_and_a_candidate_count_what_the_plan_counts(file: str, model: str, gpus: int) -> None:
+    plan = plan_of(CONFIGS / file, PUBLISHED[model], gpus)
+    rollout = plan.config.rollout
+    mode = MODES[1 + rollout.max_staleness] if rollout.mode == "server" else MODES[0]
+    lengths = plan.workload.lengths
+    (point,) = [one for one in scaling(plan.config, plan.shape, gpus, plan.gpu, lengths) if (one.mode, one.gpus) == (mode, gpus)]
+    seconds = {name: phase.seconds for name, phase in plan.phases.items()}
+    deployment = point.timeline.deployment
+    assert deployment.train_seconds == pytest.approx(sum(seconds.values()) - seconds["rollout"] - seconds["push"])
+    assert deployment.push_seconds == pytest.approx(seconds["push"])
+    first = generate_on(deployment.engine, deployment.engines, plan.workload.prompts, plan.workload.samples, lengths, (0, 1))
+    assert max(one.seconds for one in first) == pytest.approx(seconds["rollout"])
+    assert point.timeline.seconds / STEPS == pytest.approx(plan.step_seconds, rel=0.05)  # the draws' lengths are not the mean
+    assert point.fits == plan.fits
+    candidates = best_layouts(plan.config, plan.shape, gpus, plan.gpu, lengths, count=10_000)
+    own = [one.seconds for one in candidates if one.layout == plan.layout]
+    assert own == [pytest.approx(sum(seconds.values()) - seconds["rollout"])]
 
 
 def deployment(*, shared: bool, ahead: int = 0, engines: int = 4, train: float = 5.0) -> Deployment:
@@ -125,8 +179,10 @@ def test_a_push_waits_until_nothing_samples_and_nothing_trains(seed: int, ahead:
 @settings(max_examples=30)
 @given(seed=st.integers(0, 20), train=st.floats(0.1, 30))
 def test_one_step_ahead_is_never_slower_and_samples_the_same(seed: int, train: float) -> None:
-    behind, ahead = (simulate(deployment(shared=False, ahead=steps, train=train), WORK, 4, seed) for steps in (0, 1))
-    assert ahead.seconds <= behind.seconds and ahead.tokens == behind.tokens
+    ahead, behind, longer = (simulate(deployment(shared=False, ahead=a, train=train), WORK, n, seed) for a, n in ((1, 4), (0, 4), (0, 5)))
+    assert ahead.tokens == behind.tokens
+    first = next(event for event in longer.events if event.name == "rollout")
+    assert ahead.seconds <= longer.seconds - first.end  # the draws of steps 2 to 5
     assert ahead == simulate(deployment(shared=False, ahead=1, train=train), WORK, 4, seed)
 
 
