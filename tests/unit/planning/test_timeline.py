@@ -82,7 +82,7 @@ def test_a_critic_sends_and_computes_as_much_as_its_passes() -> None:
     ],
 )
 def test_a_simulated_step_and_a_candidate_count_what_the_plan_counts(file: str, model: str, gpus: int) -> None:
-    plan = plan_of(CONFIGS / file, PUBLISHED[model], gpus)
+    plan = plan_of(CONFIGS / file, PUBLISHED[model], gpus, "data.prompts_per_step=256", "objective.mini_batch_prompts=64")
     rollout = plan.config.rollout
     mode = MODES[1 + rollout.max_staleness] if rollout.mode == "server" else MODES[0]
     lengths = plan.workload.lengths
