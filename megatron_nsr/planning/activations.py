@@ -39,16 +39,20 @@ class Widths:
 
 
 def kept_by_layer(shape: ModelShape, layout: Layout, element: int, backend: BackendName) -> float:
-    """Bytes that one layer keeps of one micro-batch. element: bytes of an activation."""
-    if layout.recompute == "full":
-        return float(layout.part_tokens * shape.hidden * element)
-    return _whole_layer(shape, layout, element, backend)
+    """Bytes that one layer keeps of one micro-batch, on average over the layers. element: bytes of an activation."""
+    whole, share = _whole_layer(shape, layout, element, backend), layout.recomputed_share(shape)
+    entry = layout.part_tokens * shape.hidden * element / layout.refined.together
+    return share * entry / (layout.tensor if layout.refined.distributed else 1) + (1 - share) * whole
 
 
 def _whole_layer(shape: ModelShape, layout: Layout, element: int, backend: BackendName) -> float:
     widths = Widths.of(shape, layout.tensor)
-    norms = 2 * layout.part_tokens * _norm_bytes(widths.hidden, element, backend)
-    return norms + _attention_bytes(shape, layout, widths, element, backend) + _mlp_bytes(shape, layout, widths, element, backend)
+    attention = _attention_bytes(shape, layout, widths, element, backend)
+    norm = layout.part_tokens * _norm_bytes(widths.hidden, element, backend)
+    if not layout.again(shape).mlp or layout.recompute == "full":
+        return 2 * norm + attention + _mlp_bytes(shape, layout, widths, element, backend)
+    # The second norm is part of what te recomputes, but before experts.
+    return norm + attention + (norm if backend == "cpu" or shape.moe else layout.part_tokens * widths.hidden * element)
 
 
 def _norm_bytes(width: int, element: int, backend: BackendName) -> float:
@@ -58,7 +62,7 @@ def _norm_bytes(width: int, element: int, backend: BackendName) -> float:
 
 def _attention_bytes(shape: ModelShape, layout: Layout, widths: Widths, element: int, backend: BackendName) -> float:
     """Queries, keys, values and output, and a number a head; torch keeps more of them."""
-    queries, keys, selective = widths.queries, widths.keys, layout.recompute == "selective"
+    queries, keys, selective = widths.queries, widths.keys, layout.recomputes("core_attn")
     if backend == "te":
         token = element * (2 * queries + 2 * keys) + (0 if selective else 4 * widths.heads)
         if shape.qk_norm:  # the norms' inputs: a copy of the queries, and the fused projection that the keys are a view of
@@ -68,6 +72,8 @@ def _attention_bytes(shape: ModelShape, layout: Layout, widths: Widths, element:
     token = element * (3 * queries + 3 * keys + 4 * widths.head_dim) + 4 * widths.heads + 8
     if not selective:  # queries, keys, values and output padded to the longest sequence
         token += element * (2 * queries + 2 * keys)
+    if not selective and layout.context > 1:  # keys and values of all ranks, gathered in place of the rotated keys, and padded; the mask
+        token += element * (2 * keys * (layout.context - 1) + 2 * keys * layout.context - keys + layout.longest_tokens)
     if shape.qk_norm:  # norms in fp32; a view of the projection needs no copy where that is fp32 too
         token += 4 * (2 * queries + (1 if element == 4 else 2) * keys + widths.heads + keys // widths.head_dim)
     return float(layout.tokens * token)
@@ -136,5 +142,9 @@ def backward_workspace(shape: ModelShape, layout: Layout, element: int, backend:
     else:
         inner = layout.part_tokens * shape.moe.experts_per_token * 3 * shape.moe.ffn
         weight = 2 * shape.moe.ffn * shape.hidden
-    again = _whole_layer(shape, layout, element, backend) if layout.recompute == "full" else 0.0
+    again = 0.0
+    if layout.recompute == "full":
+        again = layout.refined.together * _whole_layer(shape, layout, element, backend)
+    elif layout.again(shape).mlp:
+        again = _mlp_bytes(shape, layout, widths, element, backend)
     return again + element * (inner + 2 * layout.part_tokens * shape.hidden + weight)

@@ -50,11 +50,16 @@ def pipeline_bytes(shape: ModelShape, layout: Layout, part_tokens: float, elemen
 def passes_bytes(shape: ModelShape, layout: Layout, passes: Passes, tokens: float, element: int) -> dict[str, float]:
     """By group, of `tokens` tokens of a rank in one stage's layers. A layer that is recomputed sends again, but not between stages."""
     layers, part = shape.num_layers / layout.pipeline, tokens / layout.tensor if layout.sequence else tokens
-    ways = layers * (1 + passes.backwards * (2 if layout.recompute == "full" else 1))
+    again = layout.again(shape)
+    split = (again.linear + again.mlp) / 2 if shape.moe is None else again.linear
+
+    def ways(share: float) -> float:
+        return layers * (1 + passes.backwards * (1 + share))
+
     return {
-        "tensor parallel": ways * tensor_bytes(shape, layout, tokens, element),
-        "context parallel": ways * context_bytes(shape, layout, tokens, element),
-        "expert parallel": ways * expert_bytes(shape, layout, part, element),
+        "tensor parallel": ways(split) * tensor_bytes(shape, layout, tokens, element),
+        "context parallel": ways(again.scores) * context_bytes(shape, layout, tokens, element),
+        "expert parallel": ways(again.mlp) * expert_bytes(shape, layout, part, element),
         "pipeline": (1 + passes.backwards) * pipeline_bytes(shape, layout, part, element),
     }
 

@@ -10,11 +10,14 @@ from megatron_nsr.planning.workload import Lengths, Workload
 
 def layer_products(shape: ModelShape) -> float:
     """Of one token in one layer's matrix products with weights, forward: two for each weight that the token meets."""
-    queries, keys = shape.heads * shape.head_dim, shape.query_groups * shape.head_dim
-    attention = 2.0 * shape.hidden * (2 * queries + 2 * keys)
     if shape.moe is None:
-        return attention + 2.0 * 3 * shape.hidden * shape.ffn
-    return attention + 2.0 * shape.hidden * shape.moe.experts + expert_products(shape)
+        return linear_products(shape) + 2.0 * 3 * shape.hidden * shape.ffn
+    return linear_products(shape) + 2.0 * shape.hidden * shape.moe.experts + expert_products(shape)
+
+
+def linear_products(shape: ModelShape) -> float:
+    """The part of `layer_products` in attention: queries, keys, values and output."""
+    return 2.0 * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.query_groups)
 
 
 def expert_products(shape: ModelShape) -> float:
@@ -40,9 +43,14 @@ def mean_context(lengths: Lengths) -> float:
 
 def layer_work(shape: ModelShape, layout: Layout, passes: Passes, context: float) -> tuple[float, float]:
     """Of one token in one layer, outside of a mixture's experts and in them. Backward is twice forward, and what is recomputed."""
-    times = 1 + 2 * passes.backwards + (passes.backwards if layout.recompute == "full" else 0)
-    experts = expert_products(shape)
-    return times * (layer_products(shape) - experts + attention_products(shape, context)), times * experts
+    linear, experts, again = linear_products(shape), expert_products(shape), layout.again(shape)
+    mlp = layer_products(shape) - linear - experts
+
+    def times(share: float) -> float:
+        return 1 + passes.backwards * (2 + share)
+
+    dense = times(again.linear) * linear + times(again.scores) * attention_products(shape, context) + times(again.mlp) * mlp
+    return dense, times(again.mlp) * experts
 
 
 def passes_flops(shape: ModelShape, layout: Layout, workload: Workload, passes: Passes) -> float:

@@ -1,24 +1,22 @@
 """How the trainer's model lies over GPUs: what of a config, and of a search beside it, planning needs.
 
-May import: config, models, types.
+May import: config, models, types, planning.recomputation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import validate_layout
+from megatron_nsr.planning.recomputation import UNREFINED, Again, Recompute, Refinement, refinement_of
 from megatron_nsr.types import UserError
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """gpus: of the trainer. micro_batch_tokens: of a micro-batch, over all context-parallel ranks."""
+    """gpus: of the trainer. micro_batch_tokens: of a micro-batch, over all context-parallel ranks. longest: a sequence's tokens, if known."""
 
     gpus: int
     micro_batch_tokens: int
@@ -30,6 +28,8 @@ class Layout:
     sequence: bool = False
     distributed_optimizer: bool = False
     recompute: Recompute = "none"
+    refined: Refinement = UNREFINED
+    longest: int | None = None
 
     @property
     def data(self) -> int:
@@ -56,6 +56,25 @@ class Layout:
         """Tokens outside attention and MLP, which sequence parallelism spreads over the tensor-parallel ranks."""
         return -(-self.tokens // self.tensor) if self.sequence else self.tokens
 
+    @property
+    def longest_tokens(self) -> int:
+        return min(self.longest or self.micro_batch_tokens, self.micro_batch_tokens)
+
+    def recomputed_share(self, shape: ModelShape) -> float:
+        """Of the layers those that `full` recomputes."""
+        if self.recompute != "full" or self.refined.block is None:
+            return float(self.recompute == "full")
+        return min(1.0, self.refined.block * self.pipeline * self.virtual_pipeline / shape.num_layers)
+
+    def recomputes(self, module: str) -> bool:
+        return self.recompute == "selective" and module in self.refined.modules
+
+    def again(self, shape: ModelShape) -> Again:
+        """What a layer computes once more, on average over the layers."""
+        if self.recompute == "full":
+            return Again(*3 * (self.recomputed_share(shape),))
+        return Again(scores=float(self.recomputes("core_attn")), mlp=float(self.recomputes("moe" if shape.moe else "mlp")))
+
     def describe(self) -> str:
         """As the keys of a config."""
         sizes = [("tensor", self.tensor), ("pipeline", self.pipeline), ("virtual_pipeline", self.virtual_pipeline)]
@@ -72,7 +91,7 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
     validate_layout(parallel, shape, gpus)
     layout = Layout(
         gpus=gpus,
-        micro_batch_tokens=max(config.training.tokens_per_micro_batch, longest_tokens(config, shape)),
+        micro_batch_tokens=0,
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
@@ -81,12 +100,24 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
         sequence=parallel.sequence,
         distributed_optimizer=parallel.distributed_optimizer,
         recompute=config.training.recompute,
+        refined=refinement_of(config),
+        longest=longest_tokens(config, shape),
     )
     if layout.data < 1:
         raise UserError(
             f"--gpus: {gpus} for the trainer, and one copy of the model takes {layout.tensor * layout.pipeline * layout.context}"
         )
-    return layout
+    return replace(layout, micro_batch_tokens=most_tokens(config, shape, layout.data))
+
+
+def most_tokens(config: Config, shape: ModelShape, data: int) -> int:
+    """Of a micro-batch: the packing budget, or all that a rank may get of a mini-batch if that is less; at least the longest sequence."""
+    if config.objective.name == "supervised":
+        sequences = config.data.prompts_per_step
+    else:
+        sequences = (config.critic.mini_batch_prompts or config.objective.mini_batch_prompts) * config.rollout.samples_per_prompt
+    longest = longest_tokens(config, shape)
+    return max(longest, min(config.training.tokens_per_micro_batch, -(-sequences // data) * longest))
 
 
 def longest_tokens(config: Config, shape: ModelShape) -> int:

@@ -14,6 +14,7 @@ from megatron_nsr.planning.hardware import GIB
 from megatron_nsr.planning.memory import MOMENTS
 from megatron_nsr.planning.parameters import model_elements
 from megatron_nsr.planning.plan import Plan
+from megatron_nsr.planning.recomputation import unplanned
 from megatron_nsr.planning.search import Candidate
 from megatron_nsr.planning.workload import micro_batches
 
@@ -37,6 +38,7 @@ def render(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
         f"assumed: prompts of {lengths.prompt_mean:.0f} tokens, responses of {lengths.response_mean:.0f} on average "
         f"(spread {lengths.response_spread:g} of it, at most {lengths.cap}), {plan.workload.kept:.0%} of them trained on",
         verdict(plan),
+        *([f"not in these numbers: {', '.join(left_out)}"] if (left_out := unplanned(plan.config)) else []),
     ]
     tables = [_memory(plan), _time(plan), _communication(plan)]
     return Group(*(Text(line) for line in lines), *tables, _suggestions(plan, suggestions))
@@ -59,6 +61,7 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate]) -> dict[str, Any]:
         },
         "fits": plan.fits,
         "verdict": verdict(plan),
+        "not_planned": unplanned(plan.config),
         "memory": {
             "capacity": memory.capacity,
             "peak": memory.peak,

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_nsr.config import Config, ParallelConfig
+from megatron_nsr.config_sections import Setting
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.planning.hardware import Gpu
-from megatron_nsr.planning.layout import Layout, Recompute, layout_of, trainer_gpus
+from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, plan_memory
 from megatron_nsr.planning.plan import training_phases
+from megatron_nsr.planning.recomputation import Recompute
 from megatron_nsr.planning.step_time import Trainer
 from megatron_nsr.planning.workload import Lengths, workload_of
 from megatron_nsr.types import UserError
 
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 MOST_STAGES, MOST_CHUNKS = 64, 8
 
 
@@ -52,14 +53,34 @@ def layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu) -> Iterator[
         parallel = ParallelConfig.model_validate(
             config.parallel.model_dump()
             | {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "expert": expert}
-            | {"sequence": tensor > 1, "distributed_optimizer": True}
+            | {"sequence": tensor > 1 and not config.model.transformer.get("distribute_saved_activations"), "distributed_optimizer": True}
         )
         try:
             validate_layout(parallel, shape, gpus)
             layout = layout_of(config.model_copy(update={"parallel": parallel}), shape, gpus)
         except UserError:
             continue
-        yield from (replace(layout, recompute=recompute, distributed_optimizer=layout.replicas > 1) for recompute in RECOMPUTES)
+        sharded = layout.replicas > 1 or config.parallel.distributed_optimizer
+        candidates = (replace(layout, recompute=recompute, distributed_optimizer=sharded) for recompute in recomputes(config))
+        yield from (candidate for candidate in candidates if _possible(candidate, config.model.transformer))
+
+
+def recomputes(config: Config) -> list[Recompute]:
+    """All kinds that keep much less than another, and the config's; that alone where fields of model.transformer refine it."""
+    own = config.training.recompute
+    if any("recompute" in name or name == "distribute_saved_activations" for name in config.model.transformer):
+        return [own]
+    kinds: list[Recompute] = ["none", "full"]
+    return [*kinds, own] if own == "selective" else kinds
+
+
+def _possible(layout: Layout, fields: Mapping[str, Setting]) -> bool:
+    """Whether megatron-core takes these fields of model.transformer with the layout."""
+    if fields.get("distribute_saved_activations") and layout.sequence:
+        return False
+    if fields.get("cpu_offloading") and (layout.pipeline > 1 or layout.recompute != "none"):
+        return False
+    return not (fields.get("overlap_p2p_comm_warmup_flush") and layout.virtual_pipeline == 1)
 
 
 def _powers(most: int) -> list[int]:

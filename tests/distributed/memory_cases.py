@@ -31,6 +31,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sp": {"tensor": 2, "sequence": True},
     "pp2": {"pipeline": 2},
     "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "tp2_mlp_recomputed": {"tensor": 2, "recompute": "selective", "transformer": {"recompute_modules": ["mlp"]}},
     "dp2_distributed_bf16": {"distributed_optimizer": True, "dtype": "bfloat16"},
     "dp2_distributed_recompute": {"distributed_optimizer": True, "recompute": "full"},
 }
@@ -40,11 +42,11 @@ BUDGET = 256
 
 def config_of(model: Path, fields: dict[str, Any]) -> Config:
     fields = dict(fields)
-    dtype, recompute = fields.pop("dtype", "float32"), fields.pop("recompute", "none")
+    dtype, recompute, transformer = fields.pop("dtype", "float32"), fields.pop("recompute", "none"), fields.pop("transformer", {})
     return parse_config(
         {
             "run": {"dir": "unused", "steps": 1},
-            "model": {"path": str(model), "initialization": "random", "dtype": dtype},
+            "model": {"path": str(model), "initialization": "random", "dtype": dtype, "transformer": transformer},
             "data": {"template": "plain", "prompts_per_step": PROMPTS, "max_prompt_tokens": PROMPT},
             "rollout": {"samples_per_prompt": SAMPLES, "max_response_tokens": RESPONSE},
             "objective": {"name": "reinforce", "mini_batch_prompts": PROMPTS},

@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.models.transformer_fields import ALLOWED
 from megatron_nsr.planning.activations import activation_bytes, head_workspace, kept_by_layer
+from megatron_nsr.planning.flops import passes_flops
 from megatron_nsr.planning.hardware import GIB, GPUS, find_gpu
 from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
 from megatron_nsr.planning.memory import MOMENTS, model_state, plan_memory, push_bytes
 from megatron_nsr.planning.parameters import Elements, layer_elements, model_elements, stage_elements
+from megatron_nsr.planning.passes import update_passes
 from megatron_nsr.planning.published_models import PUBLISHED, model_shape
+from megatron_nsr.planning.recomputation import PLANNED_FIELDS, unplanned
 from megatron_nsr.planning.workload import lengths_of, workload_of
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.mapping import hf_names, hf_tensor_shape
@@ -93,6 +97,66 @@ def test_recomputing_keeps_less_and_more_tokens_keep_more(tokens: int, tensor: i
     assert (
         kept["full"] < kept["selective"] <= kept["none"] <= kept_by_layer(SEVEN, replace(layout, micro_batch_tokens=2 * tokens), 2, backend)
     )
+
+
+@pytest.mark.parametrize("backend", ["te", "cpu"])
+@pytest.mark.parametrize("shape", [SEVEN, MIXTURE], ids=["dense", "mixture"])
+def test_a_recomputed_mlp_keeps_more_than_whole_layers_and_computes_less(shape: ModelShape, backend: Any) -> None:
+    module = "mlp" if shape.moe is None else "moe"
+
+    def of(recompute: str, **fields: Any) -> tuple[float, float]:
+        config = config_of(training={"recompute": recompute}, model={"path": "models/Qwen2.5-7B", "transformer": fields})
+        layout = layout_of(config, shape, 8)
+        work = workload_of(config, lengths_of(config, prompt_mean=None, response_mean=None, response_spread=None))
+        return kept_by_layer(shape, layout, 2, backend), passes_flops(shape, layout, work, update_passes(work))
+
+    none, mlp, full = of("none"), of("selective", recompute_modules=[module]), of("full")
+    assert none[0] > mlp[0] > full[0] and none[1] < mlp[1] < full[1]
+    assert of("full", recompute_method="block", recompute_num_layers=shape.num_layers) == pytest.approx(full)
+    half = of("full", recompute_method="block", recompute_num_layers=shape.num_layers // 2)
+    assert half == tuple(pytest.approx((a + b) / 2) for a, b in zip(none, full, strict=True))
+    assert of("full", recompute_num_layers=4) == pytest.approx((full[0] / 4, full[1]))
+
+
+def test_saved_activations_may_be_cut_over_tensor_parallel_ranks() -> None:
+    whole, cut = (
+        layout_of(config_of(parallel={"tensor": 4}, training={"recompute": "full"}, model={"path": "x", "transformer": fields}), SEVEN, 8)
+        for fields in ({}, {"distribute_saved_activations": True})
+    )
+    assert kept_by_layer(SEVEN, cut, 2, "te") == kept_by_layer(SEVEN, whole, 2, "te") / 4
+
+
+def test_what_a_plan_leaves_out_is_named() -> None:
+    assert (
+        unplanned(config_of(training={"recompute": "selective"}, model={"path": "x", "transformer": {"recompute_modules": ["mlp"]}})) == []
+    )
+    fields = {"cpu_offloading": True, "recompute_modules": ["mlp", "layernorm"]}
+    found = unplanned(config_of(model={"path": "x", "transformer": fields}, logging={"probe_every": 5}, objective={"name": "reinforce"}))
+    assert found == [
+        "model.transformer.cpu_offloading=True",
+        "model.transformer.recompute_modules=['mlp', 'layernorm']",
+        "logging.probe_every=5",
+    ]
+    assert set(PLANNED_FIELDS) <= set(ALLOWED)
+
+
+def test_context_parallel_ranks_on_a_cpu_keep_the_keys_and_values_of_all() -> None:
+    def kept(context: int, backend: Any) -> float:
+        return kept_by_layer(SEVEN, Layout(context, 512 * context, context=context), 4, backend)
+
+    assert kept(4, "te") == kept(2, "te") == kept(1, "te")
+    keys = 4 * 512 * SEVEN.query_groups * SEVEN.head_dim
+    assert kept(2, "cpu") - kept(1, "cpu") >= 4 * keys
+    assert kept(4, "cpu") - kept(2, "cpu") >= 8 * keys
+
+
+def test_a_micro_batch_of_a_small_run_holds_no_more_than_its_samples() -> None:
+    small = {"data": {"template": "plain", "prompts_per_step": 4, "max_prompt_tokens": 64}, "rollout": {"max_response_tokens": 193}}
+    config = config_of(**small, objective={"name": "reinforce", "mini_batch_prompts": 4})
+    assert config.training.tokens_per_micro_batch == 16384
+    assert layout_of(config, SEVEN, 1).micro_batch_tokens == 4 * 8 * 256
+    assert layout_of(config, SEVEN, 8).micro_batch_tokens == 4 * 256
+    assert layout_of(config, SEVEN, 64).micro_batch_tokens == 256
 
 
 @given(stage=st.integers(0, 3), virtual=st.sampled_from([1, 7]), micro_batches=st.integers(1, 32))
