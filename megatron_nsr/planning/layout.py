@@ -16,7 +16,7 @@ from megatron_nsr.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """gpus: of the trainer. micro_batch_tokens: of a micro-batch, over all context-parallel ranks. longest: a sequence's tokens, if known."""
+    """gpus: of the trainer. micro_batch_tokens: of a micro-batch, over all context-parallel ranks. longest: of a sequence, if known."""
 
     gpus: int
     micro_batch_tokens: int

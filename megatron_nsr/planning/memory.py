@@ -154,7 +154,9 @@ def _problem(plan: MemoryPlan, config: Config, shape: ModelShape, layout: Layout
         moment = max(range(len(MOMENTS)), key=plan.total)
         largest = sorted(plan.parts.items(), key=lambda item: -item[1][moment])[:3]
         reasons = ", ".join(f"{name} {sizes[moment] / GIB:.1f}" for name, sizes in largest)
-        where = f"the {MOMENTS[moment]}" + (f" on pipeline stage {plan.stage}" if layout.pipeline > 1 else "")
+        where = ("sampling" if MOMENTS[moment] == "sampling" else f"the {MOMENTS[moment]}") + (
+            f" on pipeline stage {plan.stage}" if layout.pipeline > 1 else ""
+        )
         return f"does not fit: {over / GIB:.1f} GiB over {plan.capacity / GIB:.0f} GiB at {where}, because of {reasons} GiB"
     engine, longest = plan.engine, longest_tokens(config, shape)
     if engine is not None and engine.cached_tokens < longest:

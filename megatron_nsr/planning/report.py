@@ -15,7 +15,8 @@ from megatron_nsr.planning.memory import MOMENTS
 from megatron_nsr.planning.parameters import model_elements
 from megatron_nsr.planning.plan import Plan
 from megatron_nsr.planning.recomputation import unplanned
-from megatron_nsr.planning.search import Candidate
+from megatron_nsr.planning.remedies import Remedies
+from megatron_nsr.planning.search import Candidate, overrides
 from megatron_nsr.planning.workload import micro_batches
 
 GB, TERA = 1e9, 1e12
@@ -29,7 +30,7 @@ def verdict(plan: Plan) -> str:
     return f"fits: {memory.peak / GIB:.1f} of {memory.capacity / GIB:.0f} GiB on a GPU"
 
 
-def render(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
+def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) -> RenderableType:
     """The whole plan."""
     lengths = plan.workload.lengths
     lines = [
@@ -38,13 +39,14 @@ def render(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
         f"assumed: prompts of {lengths.prompt_mean:.0f} tokens, responses of {lengths.response_mean:.0f} on average "
         f"(spread {lengths.response_spread:g} of it, at most {lengths.cap}), {plan.workload.kept:.0%} of them trained on",
         verdict(plan),
+        *_advice(remedies),
         *([f"not in these numbers: {', '.join(left_out)}"] if (left_out := unplanned(plan.config)) else []),
     ]
     tables = [_memory(plan), _time(plan), _communication(plan)]
     return Group(*(Text(line) for line in lines), *tables, _suggestions(plan, suggestions))
 
 
-def as_values(plan: Plan, suggestions: Sequence[Candidate]) -> dict[str, Any]:
+def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) -> dict[str, Any]:
     """Sizes in bytes, times in seconds."""
     lengths, memory = plan.workload.lengths, plan.memory
     return {
@@ -78,7 +80,17 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate]) -> dict[str, Any]:
         "update_utilization": plan.utilization,
         "communication_bytes": dict(plan.communication),
         "flops": dict(plan.flops),
-        "suggestions": [{"layout": one.layout.describe(), "trainer_seconds": one.seconds, "peak": one.memory.peak} for one in suggestions],
+        "would_fit_with": list(remedies.keys),
+        "would_fit_on_gpus": remedies.gpus,
+        "suggestions": [
+            {
+                "layout": one.layout.describe(),
+                "overrides": overrides(plan.config, one.layout),
+                "seconds_without_sampling": one.seconds,
+                "peak": one.memory.peak,
+            }
+            for one in suggestions
+        ],
     }
 
 
@@ -89,7 +101,7 @@ def _memory(plan: Plan) -> Table:
     for name, sizes in memory.parts.items():
         table.add_row(name, *(f"{size / GIB:,.2f}" for size in sizes))
     table.add_section()
-    table.add_row(f"of {memory.capacity / GIB:,.0f}", *(f"{memory.total(moment) / GIB:,.2f}" for moment in range(len(MOMENTS))))
+    table.add_row(f"in all, of {memory.capacity / GIB:,.0f}", *(f"{memory.total(moment) / GIB:,.2f}" for moment in range(len(MOMENTS))))
     if memory.host:
         table.add_row("in host memory", *len(MOMENTS) * (f"{memory.host / GIB:,.2f}",))
     return table
@@ -100,27 +112,41 @@ def _time(plan: Plan) -> Table:
     flops = dict(plan.flops)
     flops["rollout"] = flops.pop("prefill", 0.0) + flops.pop("decode", 0.0)
     for name, phase in plan.phases.items():
-        work = f"{flops[name] / 1e15:,.3g}" if flops.get(name) else ""
-        table.add_row(name, f"{phase.seconds:,.3g}", f"{phase.bound} ({phase.spent[phase.bound] / phase.seconds:.0%})", work)
+        work = number(flops[name] / 1e15) if flops.get(name) else ""
+        table.add_row(name, number(phase.seconds), f"{phase.bound} ({phase.spent[phase.bound] / phase.seconds:.0%})", work)
     table.add_section()
-    table.add_row("step", f"{plan.step_seconds:,.3g}", f"update: {plan.utilization:.0%} of peak", "")
+    table.add_row("step", number(plan.step_seconds), f"update: {plan.utilization:.0%} of peak", "")
     return table
 
 
 def _communication(plan: Plan) -> Table:
     table = _table("sent by one GPU in a step", "group", "GB")
     for name, size in plan.communication.items():
-        table.add_row(name, f"{size / GB:,.3g}")
+        table.add_row(name, number(size / GB))
     return table
 
 
 def _suggestions(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
     if not suggestions:
-        return Text(f"no layout of {plan.layout.gpus} GPUs fits: take more of them, or a smaller packing budget or share of the engine")
-    table = _table("the fastest layouts that fit", "keys", "trainer seconds", "GiB")
-    for one in suggestions:
-        table.add_row(one.layout.describe(), f"{one.seconds:,.3g}", f"{one.memory.peak / GIB:,.1f}")
+        return Text(f"no layout of the trainer's {plan.layout.gpus} GPUs fits with the other keys as they are")
+    table = _table("the fastest layouts that fit", "keys to change", "data parallel", "seconds without sampling", "GiB")
+    own = sum(phase.seconds for name, phase in plan.phases.items() if name != "rollout")
+    rows = [("(this config)" if plan.fits else "(this config, which does not fit)", plan.layout, own, plan.memory)]
+    rows += [(" ".join(overrides(plan.config, one.layout)), one.layout, one.seconds, one.memory) for one in suggestions]
+    for keys, layout, seconds, memory in rows:
+        if keys:
+            table.add_row(keys, str(layout.data), number(seconds), f"{memory.peak / GIB:,.1f}")
     return table
+
+
+def _advice(remedies: Remedies) -> list[str]:
+    lines = [f"it would fit with: {' '.join(remedies.keys)}"] if remedies.keys else []
+    return lines + ([f"it would fit on {remedies.gpus:,} GPUs"] if remedies.gpus else [])
+
+
+def number(value: float) -> str:
+    """Three digits that count, or all before the point: 0.0512, 5.12, 51.2, 5,120."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:

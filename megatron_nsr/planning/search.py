@@ -43,6 +43,14 @@ def best_layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths
     return sorted(found, key=lambda candidate: (round(candidate.seconds, 3), candidate.memory.peak))[:count]
 
 
+def overrides(config: Config, layout: Layout) -> list[str]:
+    """The keys, with their values, by which a config of this layout differs: they can be given after its name."""
+    given = config.parallel.model_dump() | {"recompute": config.training.recompute}
+    chosen = {name: getattr(layout, name) for name in given}
+    sections = {name: "training" if name == "recompute" else "parallel" for name in given}
+    return [f"{sections[name]}.{name}={str(value).lower()}" for name, value in chosen.items() if value != given[name]]
+
+
 def layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu) -> Iterator[Layout]:
     """Every layout that the model allows: tensor parallelism inside a node, stages and chunks that divide the layers."""
     stages = [count for count in range(1, MOST_STAGES + 1) if shape.num_layers % count == 0]

@@ -1,0 +1,90 @@
+"""What the plan advises is valid and does what it says; its output can be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_nsr.config_files import load_config
+from megatron_nsr.planning.command import show_plan
+from megatron_nsr.planning.report import number
+
+SCALE = Path(__file__).parents[3] / "configs" / "scale"
+
+
+@pytest.mark.parametrize(
+    ("file", "gpus", "gpu", "changes", "keys"),
+    [
+        ("qwen2.5_32b_4x8", 16, "h100", [], ["training.offload=all", "training.recompute=full"]),
+        (
+            "qwen2.5_7b_1x8",
+            8,
+            "h200",
+            ["rollout.sleep_level=0", "training.offload=none"],
+            ["rollout.sleep_level=2", "training.offload=optimizer"],
+        ),
+        ("qwen2.5_7b_1x8", 8, "h200", ["rollout.gpu_memory_utilization=0.12"], ["rollout.gpu_memory_utilization=0.14"]),
+        ("qwen2.5_7b_1x8", 8, "h200", ["rollout.kv_cache_mib=100"], ["rollout.kv_cache_mib=448"]),
+        ("qwen2.5_72b_8x8", 8, "h200", [], []),
+    ],
+)
+def test_what_would_make_a_config_fit_does(
+    file: str, gpus: int, gpu: str, changes: list[str], keys: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*more: str, on: int = gpus) -> dict[str, Any]:
+        show_plan(load_config(SCALE / f"{file}.yaml", [*changes, *more]), gpus=on, gpu=gpu, as_json=True)
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    bad = plan()
+    assert not bad["fits"] and bad["would_fit_with"] == keys
+    if keys:
+        assert plan(*keys)["fits"]
+        for index in range(len(keys)):  # each of them is needed
+            assert not plan(*keys[:index], *keys[index + 1 :])["fits"]
+    if (more := bad["would_fit_on_gpus"]) is not None:
+        assert plan(on=more)["fits"] and not plan(on=more // 2)["fits"]
+    for one in bad["suggestions"]:
+        good = plan(*one["overrides"])
+        assert good["fits"] and good["layout"] == one["layout"] and good["memory"]["peak"] == one["peak"]
+
+
+@pytest.mark.parametrize(("file", "gpus"), [("qwen3_235b_a22b_16x8", 128), ("qwen2.5_72b_8x8", 64)])
+def test_a_suggested_layout_is_the_one_that_its_keys_give(file: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(*more: str) -> dict[str, Any]:
+        show_plan(load_config(SCALE / f"{file}.yaml", list(more)), gpus=gpus, gpu="h200", as_json=True)
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    for one in plan()["suggestions"]:
+        good = plan(*one["overrides"])
+        seconds = sum(phase["seconds"] for name, phase in good["phases"].items() if name != "rollout")
+        assert good["fits"] and good["layout"] == one["layout"] and seconds == pytest.approx(one["seconds_without_sampling"])
+
+
+def test_fields_that_tie_the_layout_are_kept_in_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = ["training.recompute=selective", "model.transformer={recompute_modules: [mlp, layernorm]}"]
+    show_plan(load_config(SCALE / "qwen2.5_72b_8x8.yaml", fields), gpus=64, gpu="h200", as_json=True)
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["not_planned"] == ["model.transformer.recompute_modules=['mlp', 'layernorm']"]
+    assert plan["suggestions"] and all("training.recompute=selective" in one["layout"] for one in plan["suggestions"])
+
+
+def test_a_reader_is_told_what_does_not_fit_what_would_and_what_was_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(SCALE / "qwen2.5_32b_4x8.yaml", ["logging.probe_every=5"])
+    assert not show_plan(config, gpus=16, gpu="h100")
+    printed = capsys.readouterr().out
+    assert "does not fit: 22.8 GiB over 79 GiB at the update, because of gradients 30.5" in printed
+    assert "it would fit with: training.offload=all training.recompute=full\n" in printed
+    assert "not in these numbers: logging.probe_every=5\n" in printed
+    assert "(this config, which does not fit)" in printed and "e+0" not in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.05123, "0.0512"), (5.118, "5.12"), (99.4, "99.4"), (5118.3, "5,118"), (1.06e9, "1,060,000,000")]
+)
+def test_numbers_have_no_exponent(value: float, text: str) -> None:
+    assert number(value) == text
