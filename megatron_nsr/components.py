@@ -124,6 +124,7 @@ class Components:
     benchmarks: Benchmarks | None
     source: ExperienceSource
     push_plan: PushPlan
+    fp8_rollouts: bool  # the engine rounds what is pushed
     phases: Phases
 
     @property
@@ -137,7 +138,8 @@ class Components:
             return {}
         self.phases.push()
         plan, chunks = self.push_plan, self.actor.chunks
-        return self.rollouts.push(execute_push_plan(plan, chunks), version, partial(policy_checksums, plan, chunks))
+        checksums = partial(policy_checksums, plan, chunks, fp8_rows=self.fp8_rollouts)
+        return self.rollouts.push(execute_push_plan(plan, chunks), version, checksums)
 
 
 def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Components:
@@ -180,7 +182,7 @@ def build_components(config: Config, inputs: Inputs, stack: ExitStack) -> Compon
     if inputs.objective is not None and rollouts is not None and graders is not None:
         source = GradedRollouts(rollouts, graders, _schedule(inputs.objective, config), config, inputs.tokenizer.stop_ids)
     plan = plan_for(actor.chunks, inputs.shape, config.rollout.push_bucket_mib * MIB)
-    return Components(actor, critic, rollouts, graders, benchmarks, source, plan, phases)
+    return Components(actor, critic, rollouts, graders, benchmarks, source, plan, config.rollout.quantization == "fp8", phases)
 
 
 def _schedule(objective: Objective, config: Config) -> ObjectiveSchedule:

@@ -117,7 +117,9 @@ class Config(Section):
             )
 
     def _consistent_fp8(self) -> None:
-        model = self.model
+        model, quantization = self.model, self.rollout.quantization
+        if quantization and model.dtype != "bfloat16":
+            raise ValueError(f"rollout.quantization={quantization} needs model.dtype=bfloat16, not {model.dtype}")
         recipe, edge = f"model.fp8={model.fp8}", f"model.fp8_edge_layers={model.fp8_edge_layers}"
         if model.fp8 is None:
             if model.fp8_edge_layers:

@@ -147,7 +147,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of GPU memory for the engine, CUDA only")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     quantization: Literal["fp8"] | None = Field(
-        None, description="what the engine rounds pushed weights to, and computes its layers' products in; CUDA only; see rollouts.md"
+        None, description="what the engine rounds pushed weights to, and computes its layers' products in; see rollouts.md"
     )
     sleep_level: Annotated[int, Field(ge=0, le=2)] = Field(
         0,

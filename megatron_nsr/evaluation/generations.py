@@ -57,6 +57,7 @@ def generation_settings(config: Config, name: str, problems: PromptSet, stop_ids
         "eos_token_id": list(stop_ids),
         "run.seed": config.run.seed,
         "model.dtype": config.model.dtype,
+        **({"rollout.quantization": config.rollout.quantization} if config.rollout.quantization else {}),
         "reward.grader": config.reward.grader,
         "reward.truncated": config.reward.truncated,
     }

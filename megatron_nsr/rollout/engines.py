@@ -20,7 +20,7 @@ from megatron_nsr.rollout.server_client import Server
 from megatron_nsr.rollout.server_engine import ServerEngine
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
-from megatron_nsr.rollout.vllm_options import longest_sequence
+from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, longest_sequence
 from megatron_nsr.types import UserError
 
 MIB = 1 << 20
@@ -32,6 +32,8 @@ def check_engine(config: Config, shape: ModelShape, *, world_size: int, samples:
     Rank 0 alone asks the servers, and only for a run that samples. Raises UserError naming what does not fit.
     """
     rollout = config.rollout
+    if samples:
+        check_quantization(config, experts=shape.moe is not None, on_cpu=not torch.cuda.is_available())
     if rollout.mode == "colocated":
         check_tensor_parallel(rollout.tensor_parallel, world_size=world_size, attention_heads=shape.heads)
         if samples and rollout.sleep_level and not torch.cuda.is_available():
@@ -67,6 +69,7 @@ def build_engine(config: Config, shape: ModelShape, server_weights: frozenset[st
         enforce_eager=rollout.enforce_eager,
         can_sleep=rollout.sleep_level > 0,
         tensor_parallel=rollout.tensor_parallel,
+        quantization=QUANTIZATIONS[rollout.quantization],
     )
 
 
@@ -83,6 +86,7 @@ def _needed(config: Config, shape: ModelShape) -> Needed:
     return Needed(
         transport="nccl" if torch.cuda.is_available() else FILE_TRANSPORT,
         dtype=config.model.dtype,
+        quantization=QUANTIZATIONS[config.rollout.quantization],
         workers=config.rollout.tensor_parallel,
         max_model_len=longest_sequence(config, shape.max_positions),
         model=json.loads(json.dumps(asdict(shape))),

@@ -6,6 +6,9 @@ A parameter is read from where sampling reads it. On CPU vLLM packs linear layer
 kernels, and drops the plain weight of a linear layer (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, 0.32.0).
 Such a layer is read back by sending the unit vectors through it: one factor of each product is 1 and the others are 0, so
 the outputs are its weights, without rounding.
+
+An engine in FP8 (rollout.quantization) holds a linear layer's weight rounded, [inputs, outputs], with one scale an output: it is read as
+their product, in float32.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor
 
 from megatron_nsr.rollout.engine import Region
-from megatron_nsr.rollout.pushed_weights import EMBEDDING, EXPERT_PARTS, HEAD
+from megatron_nsr.rollout.pushed_weights import EMBEDDING, EXPERT_PARTS, HEAD, SCALE
 from megatron_nsr.rollout.vllm_experts import expert_parts, read_experts
 from megatron_nsr.weights.checksums import checksum
+from megatron_nsr.weights.fp8_rows import E4M3, dequantized
 
 UNIT_VECTORS = 256  # sent through a layer at once
 
@@ -91,10 +95,11 @@ def held_checksums(model: torch.nn.Module, parts: Mapping[str, HeldPart], dtype:
     sums: dict[Region, Tensor] = {}
     for module_name, module, name in _parameters(model):
         value = _read(module, name)
+        exact = torch.float32 if getattr(module, name).dtype == E4M3 else dtype
         for hf in by_parameter[f"{module_name}.{name}"]:
             part = parts[hf]
             rows = torch.arange(part.first_row, part.first_row + part.rows)
-            sums[hf, part.first_row, part.first_column] = checksum(part.of(value), rows, part.first_column, dtype)
+            sums[hf, part.first_row, part.first_column] = checksum(part.of(value), rows, part.first_column, exact)
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
@@ -121,7 +126,8 @@ def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
     """(module's name, module, parameter's name)."""
     for module_name, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
-            yield module_name, module, name
+            if not name.endswith(SCALE):
+                yield module_name, module, name
 
 
 def _linear_size(module: torch.nn.Module) -> tuple[int, int]:
@@ -136,6 +142,8 @@ def _read(module: torch.nn.Module, name: str) -> Tensor:
 
     if name in EXPERT_PARTS:
         return read_experts(module, name)
+    if getattr(module, name).dtype == E4M3:
+        return _dequantized(module)
     looked_up = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)  # its packed copy is never used
     if name != "weight" or looked_up or not hasattr(module, "cpu_linear"):
         value: Tensor = getattr(module, name)
@@ -148,3 +156,13 @@ def _read(module: torch.nn.Module, name: str) -> Tensor:
         units[torch.arange(len(places)), places] = 1
         outputs.append(module.quant_method.apply(module, units))
     return torch.cat(outputs).t()
+
+
+def _dequantized(module: torch.nn.Module) -> Tensor:
+    """[outputs, inputs] float32."""
+    whole: Any = module
+    inputs, outputs = _linear_size(module)
+    values, scale = whole.weight, whole.weight_scale
+    if values.shape != (inputs, outputs) or scale.shape != (outputs, 1):
+        raise RuntimeError("this version of vLLM packs quantized weights where they cannot be read back: set rollout.verify_push=never")
+    return dequantized(values.t(), scale)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
+SCALE = "weight_scale"  # how names end of what an engine in FP8 makes from the weights
 
 # what vLLM calls the experts' weights, all experts of a layer in one tensor
 EXPERT_PARTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
@@ -24,6 +24,8 @@ def checkpoint_names(parameters: Mapping[str, torch.Tensor], packed: Mapping[str
     names: set[str] = set()
     for parameter, tensor in parameters.items():
         parts = parameter.split(".")
+        if parts[-1].endswith(SCALE):
+            continue
         if parts[-1] in EXPERT_PARTS:
             names.update(name for expert in range(len(tensor)) for name in expert_names(parameter, expert))
             continue

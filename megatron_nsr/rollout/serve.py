@@ -19,7 +19,7 @@ from megatron_nsr.rollout import api_server
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT, WorkerExtension
 from megatron_nsr.rollout.vllm_api import version_arguments
 from megatron_nsr.rollout.vllm_environment import prepare_environment
-from megatron_nsr.rollout.vllm_options import cpu_options, longest_sequence
+from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, cpu_options, longest_sequence
 from megatron_nsr.types import UserError
 
 
@@ -38,10 +38,12 @@ def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
     """vLLM's command line beside host and port; every choice is that of the engine in the trainer (vllm_engine.py)."""
     rollout = config.rollout
     shape = read_model_shape(config.model.path)
+    check_quantization(config, experts=shape.moe is not None, on_cpu=on_cpu)
     longest = longest_sequence(config, shape.max_positions)
     options: dict[str, Any] = {
         "model": config.model.path,
         "dtype": config.model.dtype,
+        "quantization": QUANTIZATIONS[rollout.quantization],
         "max_model_len": longest,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": rollout.tensor_parallel,

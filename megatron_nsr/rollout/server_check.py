@@ -28,6 +28,7 @@ class Needed:
 
     transport: str
     dtype: str
+    quantization: str | None  # vLLM's name
     workers: int
     max_model_len: int
     model: Mapping[str, Any]  # a ModelShape as JSON
@@ -78,6 +79,7 @@ def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed
     first = workers[0]
     pairs = {
         "model.dtype": (first["dtype"], needed.dtype),
+        "rollout.quantization": (first["quantization"], needed.quantization),
         "rollout.tensor_parallel": (len(workers), needed.workers),
         "logprobs_mode": (first["logprobs_mode"], "processed_logprobs"),
         "weight transfer backend": (first["transport"], needed.transport),

@@ -41,7 +41,8 @@ class VllmEngine:
     Under torchrun every rank makes one, at the same time, after torch.distributed is initialised; ranks
     [k * tensor_parallel, (k + 1) * tensor_parallel) host engine k. One engine a process at a time. `model_dir` needs only a
     config.json: the weights come with the first push. `kv_cache_mib` None sizes the cache from `gpu_memory_utilization`
-    (on CPU: of the machine's memory). On CPU the engine is always eager and never sleeps.
+    (on CPU: of the machine's memory). `quantization`: vLLM's name of what it rounds pushed weights to. On CPU the engine is always eager
+    and never sleeps.
 
     Raises UserError where `tensor_parallel` does not fit, or vLLM has no attention for the model on a CPU.
     """
@@ -58,6 +59,7 @@ class VllmEngine:
         enforce_eager: bool = False,
         can_sleep: bool = False,
         tensor_parallel: int = 1,
+        quantization: str | None = None,
     ) -> None:
         from transformers import AutoConfig
 
@@ -90,6 +92,7 @@ class VllmEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_sleep_mode=can_sleep,
                 tensor_parallel_size=tensor_parallel,
+                quantization=quantization,
                 load_format="dummy",  # the first push brings the weights
                 skip_tokenizer_init=True,  # ids in, ids out
                 generation_config="vllm",  # ignores the model's own sampling defaults

@@ -11,6 +11,8 @@ from megatron_nsr.config import Config
 from megatron_nsr.types import UserError
 
 CPU_BATCHED_TOKENS = 4096  # tokens of one forward pass
+# One scale a row of a weight and one a token, which 0.26 and 0.32 both know; their "fp8" is not the same thing, and in 0.32 for files only.
+QUANTIZATIONS = {None: None, "fp8": "fp8_per_channel"}
 
 
 def longest_sequence(config: Config, max_positions: int) -> int:
@@ -24,6 +26,22 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
     # A prompt split over two passes makes vLLM turn back the generator of a seeded request, which raises on CPU: "CPU Generator
     # does not use offset" (vllm/v1/worker/gpu_model_runner.py, _bookkeeping_sync, 0.32.0). So prompts are never split.
     return {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_model_len)}
+
+
+def check_quantization(config: Config, *, experts: bool, on_cpu: bool) -> None:
+    """Raises UserError where vLLM cannot round this model's weights, or a push of them would go unverified without anyone having asked."""
+    rollout = config.rollout
+    if rollout.quantization is None:
+        return
+    field = f"rollout.quantization={rollout.quantization}"
+    if experts and on_cpu:
+        raise UserError(f"{field}: vLLM rounds the weights of experts on a GPU only")
+    if rollout.verify_push != "never" and (experts or rollout.tensor_parallel > 1):
+        what = "a model with experts" if experts else f"rollout.tensor_parallel={rollout.tensor_parallel}"
+        raise UserError(
+            f"{field}: what an engine holds of {what} cannot be compared with the policy; set rollout.verify_push=never to go on without, "
+            f"not {rollout.verify_push}"
+        )
 
 
 def check_head_size(head_dim: int) -> None:

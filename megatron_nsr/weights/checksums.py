@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nsr.models.hf_config import ModelShape
+from megatron_nsr.weights.fp8_rows import is_rounded, largest_of_rows, rounded_rows
 from megatron_nsr.weights.layouts import ColumnSharded
 from megatron_nsr.weights.mapping import hf_tensor_shape, local_parameter
 from megatron_nsr.weights.push_plan import Piece, PushPlan
@@ -50,8 +51,10 @@ def checksum(shard: Tensor, rows: Tensor, first_column: int, dtype: torch.dtype)
 
 
 @torch.no_grad()
-def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype) -> dict[str, int]:
+def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype, *, fp8_rows: bool = False) -> dict[str, int]:
     """HF name: checksum of the policy's tensor in `dtype`, taken from the shards where they lie, so that no push is part of it.
+
+    fp8_rows: the weights of linear layers as an engine in FP8 rounds them, in float32.
 
     Collective over the tensor-, pipeline- and expert-parallel ranks; the same on each of them. What tensor-parallel ranks hold
     replicated is taken from the first.
@@ -59,7 +62,7 @@ def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch
     groups = chunks[0].pg_collection
     found: dict[str, int] = {}
     for experts, spread_over in ((False, groups.tp), (True, groups.ep)):
-        sums = _local_checksums(plan, chunks, dtype, experts=experts)
+        sums = _local_checksums(plan, chunks, dtype, experts=experts, fp8_rows=fp8_rows)
         if sums:
             flat = torch.stack(list(sums.values()))
             for group in (spread_over, groups.pp):
@@ -69,7 +72,9 @@ def policy_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch
     return found
 
 
-def _local_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype, *, experts: bool) -> dict[str, Tensor]:
+def _local_checksums(
+    plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch.dtype, *, experts: bool, fp8_rows: bool
+) -> dict[str, Tensor]:
     """This rank's part of the checksums of all tensors that are, or are not, those of experts; zero for what it does not have."""
     groups = chunks[0].pg_collection
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
@@ -80,8 +85,15 @@ def _local_checksums(plan: PushPlan, chunks: Sequence[PolicyModel], dtype: torch
         counts = piece.where.expert_rank == groups.ep.rank() if experts else piece.entry.layout.sharded or groups.tp.rank() == 0
         if counts and piece.where.pipeline_rank == groups.pp.rank():
             _, parameter = local_parameter(piece.entry, piece.where, parameters[piece.where.vp_stage])
-            shards = hf_shards(piece, parameter, groups.tp.rank(), plan.tensor, plan.shape)
-            sums |= {name: checksum(shard, rows, column, dtype) for name, shard, rows, column in shards}
+            for name, shard, rows, column in hf_shards(piece, parameter, groups.tp.rank(), plan.tensor, plan.shape):
+                if fp8_rows and is_rounded(name):
+                    shard = shard.to(dtype)
+                    largest = largest_of_rows(shard)
+                    if isinstance(piece.entry.layout, ColumnSharded) and groups.tp.size() > 1:
+                        dist.all_reduce(largest, dist.ReduceOp.MAX, groups.tp)
+                    sums[name] = checksum(rounded_rows(shard, largest), rows, column, torch.float32)
+                else:
+                    sums[name] = checksum(shard, rows, column, dtype)
     return sums
 
 

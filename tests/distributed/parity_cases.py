@@ -22,6 +22,7 @@ from megatron_nsr.models.policy import Head, PolicyModel, build_policy
 from megatron_nsr.platform import distributed
 from megatron_nsr.weights import gathering
 from megatron_nsr.weights.checksums import policy_checksums
+from megatron_nsr.weights.fp8_rows import is_rounded, largest_of_rows, rounded_rows
 from megatron_nsr.weights.gathering import execute_push_plan, gather_hf_tensors, plan_for
 from megatron_nsr.weights.loading import load_hf_weights, random_hf_tensors
 from megatron_nsr.weights.push_plan import PushPlan
@@ -122,6 +123,13 @@ def counted(plan: PushPlan, chunks: list[PolicyModel], buffers: list[StorageWeak
     return gathered, max(alive), min(ahead)
 
 
+def fp8_checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """What an engine with whole tensors that rounds linear layers to FP8 comes to."""
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    rounded = {name: rounded_rows(tensor, largest_of_rows(tensor)) for name, tensor in halves.items() if is_rounded(name)}
+    return whole_checksums(halves.items(), torch.bfloat16) | whole_checksums(rounded.items(), torch.float32)
+
+
 def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, Any]:
     """One model on one layout: the worst logit error on any rank, and whether gathering gave back what was loaded."""
     shape = read_model_shape(str(model))
@@ -135,7 +143,7 @@ def check(layout: ParallelConfig, model: Path, backend: Backend) -> dict[str, An
         expected = {name: files[name] for name in files}
         sums_equal = all(
             policy_checksums(plan, chunks, dtype) == whole_checksums(expected.items(), dtype) for dtype in (torch.float32, torch.bfloat16)
-        )
+        ) and policy_checksums(plan, chunks, torch.bfloat16, fp8_rows=True) == fp8_checksums(expected)
     # the tensors are kept as they came, all at once: none may change while another bucket travels
     same = sorted(expected) == sorted(name for name, _ in gathered) and all(
         torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in gathered

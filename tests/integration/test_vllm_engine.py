@@ -85,6 +85,20 @@ def test_a_layer_that_goes_on_with_old_packed_weights_is_found(seen: Seen) -> No
     assert seen["stale"] == ["model.layers.0.mlp.down_proj.weight"]
 
 
+def test_an_engine_in_fp8_holds_every_push_rounded(seen: Seen) -> None:
+    assert seen["fp8_right_0"] == seen["fp8_right_1"] == seen["fp8_after_sleep"] == []
+    assert seen["fp8_same"]
+
+
+def test_a_wrong_push_of_an_engine_in_fp8_is_found_and_named(seen: Seen) -> None:
+    assert seen["fp8_spoiled"] == ["model.layers.1.self_attn.k_proj.weight"]
+    assert len(seen["fp8_other"]) == 25
+
+
+def test_an_engine_in_fp8_samples_from_its_weights_and_not_exactly(seen: Seen) -> None:
+    assert 1e-3 < seen["fp8_gap"] < seen["fp8_gap_of_other"] / 2
+
+
 def test_logprobs_at_another_temperature_are_the_tempered_ones(seen: Seen) -> None:
     assert seen["gap_tempered"] < 1e-4
     assert seen["gap_tempered_raw"] > 0.1

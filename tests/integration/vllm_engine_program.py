@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 from megatron_nsr.rollout.held_weights import wrong_tensors
 from megatron_nsr.rollout.vllm_engine import VllmEngine
+from megatron_nsr.rollout.vllm_options import QUANTIZATIONS
+from megatron_nsr.weights.fp8_rows import is_rounded, largest_of_rows, rounded_rows
 from tests.checksums import whole_checksums
 
 VOCABULARY, MAX_MODEL_LEN = 160, 192
@@ -205,6 +207,37 @@ def sampling_cases(engine: VllmEngine, model: PreTrainedModel) -> dict[str, Any]
     return seen
 
 
+def fp8_cases(engine: VllmEngine, old: PreTrainedModel, new: PreTrainedModel) -> dict[str, Any]:
+    """An engine that rounds linear layers to FP8: what it holds after right and wrong pushes, and how far its log-probs are from exact."""
+
+    def wrong(model: PreTrainedModel) -> list[str]:
+        rounded = ((n, rounded_rows(t, largest_of_rows(t))) for n, t in bfloat16_tensors(model) if is_rounded(n))
+        kept = ((name, tensor) for name, tensor in bfloat16_tensors(model) if not is_rounded(name))
+        expected = whole_checksums(rounded, torch.float32) | whole_checksums(kept, torch.bfloat16)
+        return wrong_tensors(expected, engine.held_checksums())
+
+    asked, seen = requests(), dict[str, Any]()
+    for version, model in enumerate((old, new)):
+        engine.load_weights(bfloat16_tensors(model), version)
+        seen[f"fp8_right_{version}"] = wrong(model)
+    completions = engine.generate(asked, NO_STOP)
+    seen["fp8_gap"], seen["fp8_gap_of_other"] = (largest_gap(model, asked, completions) for model in (new, old))
+    seen["fp8_other"] = wrong(old)
+    engine.load_weights(((name, -tensor if name == SPOILED[0] else tensor) for name, tensor in bfloat16_tensors(new)), 3)
+    seen["fp8_spoiled"] = wrong(new)
+    engine.sleep(2)
+    engine.wake("weights")
+    engine.load_weights(bfloat16_tensors(new), 4)
+    engine.wake("kv_cache")
+    seen["fp8_after_sleep"] = wrong(new)
+    seen["fp8_same"] = ids(engine.generate(asked, NO_STOP)) == ids(completions)
+    return seen
+
+
+def bfloat16_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, tensor.bfloat16()) for name, tensor in tensors(model))
+
+
 def process_state() -> list[Any]:
     numpy_state: Any = np.random.get_state()
     state = torch.get_rng_state().numpy().tobytes().hex()
@@ -231,6 +264,9 @@ def main(out: Path) -> None:
     engine.close()  # a second time
     ones = torch.ones(2)
     dist.all_reduce(ones)
+    options = {"dtype": "bfloat16", "quantization": QUANTIZATIONS["fp8"], "max_model_len": MAX_MODEL_LEN, "kv_cache_mib": 64}
+    with VllmEngine(out / "model", **options) as engine:
+        seen |= fp8_cases(engine, old, new)
     seen["group_after_close"] = ones.tolist()
     seen["after_close"] = message(lambda: engine.generate(requests(), NO_STOP))
     (out / "seen.json").write_text(json.dumps(seen))

@@ -24,6 +24,11 @@ def test_fused_parameters_stand_for_their_parts() -> None:
     assert names == parts | {"layers.0.norm.weight"}
 
 
+def test_the_scales_of_an_engine_in_fp8_are_not_pushed() -> None:
+    engine = ("layers.0.mlp.down_proj.weight", "layers.0.mlp.down_proj.weight_scale", "layers.1.mlp.experts.w2_weight_scale")
+    assert checkpoint_names(dict.fromkeys(engine, torch.zeros(2)), PACKED) == {engine[0]}
+
+
 @pytest.mark.parametrize("module", ["layers.0.mlp.experts.routed_experts", "layers.0.mlp.experts"])
 def test_a_tensor_of_experts_stands_for_those_of_each(module: str) -> None:
     names = checkpoint_names({f"{module}.w13_weight": torch.zeros(3, 4, 2), f"{module}.w2_weight": torch.zeros(3, 2, 2)}, PACKED)
