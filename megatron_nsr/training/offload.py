@@ -23,8 +23,8 @@ from megatron_nsr.training.scheduled_model import ScheduledModel
 class Offload:
     """Each method says what is needed on the device next; what `level` allows to leave, leaves. No method is collective.
 
-    level: `none` lets nothing leave; `optimizer` frees gradient buffers and moves main weights and Adam's moments to the host; `all` moves
-    the parameters too. Gradients are zero after they come back.
+    level: `none` lets nothing leave; `optimizer` frees gradient buffers and FP8 copies of the weights, and moves main weights and Adam's
+    moments to the host; `all` moves the parameters too. Gradients are zero after they come back.
     """
 
     def __init__(self, models: Sequence[ScheduledModel], level: Literal["none", "optimizer", "all"]) -> None:
@@ -56,6 +56,8 @@ class Offload:
         if self._level != "none":
             for chunk in self._buffered:
                 chunk.offload_grad_buffers(synchronize=self._on_gpu, empty_cache=False)
+            for model in self._models:
+                _free_rounded_weights(model)
             self._optimizer.take(tensor for model in self._models for tensor in optimizer_tensors(model))
 
     @property
@@ -71,6 +73,13 @@ def optimizer_tensors(model: ScheduledModel) -> Iterator[torch.Tensor]:
         yield from (main.detach() for main in mains if storage_key(main) not in models_own)
         # torch's Adam has its count of updates among them, a number on the host
         yield from (value for state in inner.optimizer.state.values() for value in state.values() if _has_dimensions(value))
+
+
+def _free_rounded_weights(model: ScheduledModel) -> None:
+    """What Transformer Engine 2.11 keeps of weights under model.fp8 (module/base.py); a schedule's first micro-batch makes it again."""
+    for chunk in model.chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _has_dimensions(value: object) -> bool:

@@ -18,6 +18,7 @@ from megatron_nsr.models.fp8 import Fp8
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import initialize_parallel
 from megatron_nsr.models.policy import Head, PolicyModel, build_policy, transformer_config
+from megatron_nsr.models.te_backend import require_fp8
 from megatron_nsr.objectives.objective import OwnLoss
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, Diagnostics, HeadWork
@@ -49,7 +50,7 @@ def build_actor(config: Config, shape: ModelShape, backend: Backend, *, own_loss
         recompute=config.training.recompute,
         head=build_head(config, shape, groups),
         fields=config.model.transformer,
-        fp8=Fp8.of(config.model),
+        fp8=Fp8.of(config.model) if training else None,  # delayed scales are only found by backward passes
     )
     load_initial_weights(chunks, config, shape, backend)
     signed = config.objective.name != "supervised"
@@ -93,6 +94,8 @@ def check_transformer(config: Config, shape: ModelShape, backend: Backend) -> No
         fields=model.transformer,
         fp8=Fp8.of(model),
     )
+    if model.fp8:
+        require_fp8(model.fp8)
 
 
 def build_critic(config: Config, shape: ModelShape, backend: Backend, policy: list[PolicyModel]) -> Critic:

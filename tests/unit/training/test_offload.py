@@ -90,6 +90,18 @@ def test_what_leaves_is_free_and_what_stays_is_there(model: Path, dtype: str, di
     assert parts(actor) == whole
 
 
+def test_fp8_copies_of_the_weights_are_freed_with_the_gradients(model: Path) -> None:
+    """As Transformer Engine's layers keep them."""
+    actor = actor_of(model)
+    layers = [module for module in actor.chunks[0].modules() if hasattr(module, "weight")]
+    for layer in layers:
+        layer._fp8_workspaces = {"weight": layer.weight.detach().clone()}
+    Offload([actor], "none").take_away()
+    assert all(layer._fp8_workspaces for layer in layers)
+    Offload([actor], "optimizer").take_away()
+    assert layers and not any(layer._fp8_workspaces for layer in layers)
+
+
 def test_the_critic_leaves_with_the_policy(model: Path) -> None:
     actor, config, shape = actor_of(model), config_of(model), read_model_shape(str(model))
     critic = build_critic(config, shape, choose_backend("cpu"), actor.chunks)
