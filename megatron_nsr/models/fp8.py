@@ -43,6 +43,8 @@ def fp8_fields(fp8: Fp8) -> dict[str, Any]:
     if fp8.recipe == "delayed":
         # Transformer Engine's defaults; megatron-core's own, the last micro-batch's largest value alone, clip whatever grows.
         fields |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+        # The ranks of a group agree on scales after each micro-batch, and data-parallel ranks may have different numbers of them.
+        fields["tp_only_amax_red"] = True
     if fp8.edge_layers:
         edge = fp8.edge_layers
         fields |= {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": edge, "num_layers_at_end_in_bf16": edge}

@@ -45,7 +45,7 @@ SET_BY: dict[str, tuple[str, ...]] = {
     "parallel.sequence": ("sequence_parallel",),
     "parallel.context": ("context_parallel_size",),
     "parallel.expert": ("expert_model_parallel_size",),
-    "model.fp8": ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo"),
+    "model.fp8": ("fp8", "fp8_recipe", "fp8_amax_history_len", "fp8_amax_compute_algo", "tp_only_amax_red"),
     "model.fp8_edge_layers": ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
     "model.dtype": ("params_dtype", "pipeline_dtype", "bf16", "fp16", "enable_autocast", "autocast_dtype", "fp32_residual_connection"),
     "model.backend": (
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     ),
     "what is computed in FP8 is the recipe's (model.fp8)": (
         *("fp8_quantizer_factory", "fp8_margin", "fp8_interval", "fp8_wgrad", "fp8_dot_product_attention", "fp8_multi_head_attention"),
-        *("tp_only_amax_red", "activation_func_fp8_input_store", "disable_parameter_transpose_cache"),
+        *("activation_func_fp8_input_store", "disable_parameter_transpose_cache"),
         *("use_kitchen", "use_kitchen_attention", "kitchen_attention_backend"),
     ),
     "experts fill their tokens up themselves under model.fp8": ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8"),

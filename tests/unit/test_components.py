@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from megatron_nsr import components
 from megatron_nsr.config_files import parse_config
@@ -34,3 +36,17 @@ def test_problems_held_out_by_number_are_in_no_benchmark() -> None:
     assert len(train.prompts) == 1 and len(validation["validation"].prompts) == 2
     with pytest.raises(UserError, match=r"data\.validation=2: 2 of its 2 problems are in evaluation\.benchmarks\.MATH too"):
         set_apart(prompts("1 + 1", "2 + 2", "3 + 3"), prompts("1 + 1", "2 + 2", "3 + 3"))
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_a_push_is_judged_by_what_the_engine_makes_of_it(monkeypatch: pytest.MonkeyPatch, fp8: bool) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(components, "execute_push_plan", lambda plan, chunks: iter(()))
+    monkeypatch.setattr(components, "policy_checksums", lambda *given, **options: asked.append((*given, options)))
+    actor: Any = SimpleNamespace(chunks=["chunk"])
+    rollouts: Any = SimpleNamespace(push=lambda tensors, version, checksums: checksums(torch.bfloat16) or {"version": version})
+    parts = components.Components(
+        actor, None, rollouts, None, None, cast(Any, None), cast(Any, "plan"), fp8, cast(Any, SimpleNamespace(push=bool))
+    )
+    assert parts.push(3) == {"version": 3}
+    assert asked == [("plan", ["chunk"], torch.bfloat16, {"fp8_rows": fp8})]

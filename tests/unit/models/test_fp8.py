@@ -53,6 +53,10 @@ def test_scales_look_back_at_more_than_the_last_product() -> None:
     assert core_config(Fp8("blockwise")).fp8 == "e4m3"
 
 
+def test_ranks_agree_on_scales_only_with_those_that_run_the_same_micro_batches() -> None:
+    assert core_config(Fp8("delayed")).tp_only_amax_red
+
+
 @pytest.mark.parametrize(
     ("recipe", "layout", "multiple"),
     [
