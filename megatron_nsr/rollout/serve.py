@@ -17,7 +17,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import read_model_shape
 from megatron_nsr.rollout import api_server
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT, WorkerExtension
-from megatron_nsr.rollout.vllm_api import version_arguments
+from megatron_nsr.rollout.vllm_api import rounds_on_cpu, version_arguments
 from megatron_nsr.rollout.vllm_environment import prepare_environment
 from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, cpu_options, longest_sequence
 from megatron_nsr.types import UserError
@@ -38,7 +38,10 @@ def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
     """vLLM's command line beside host and port; every choice is that of the engine in the trainer (vllm_engine.py)."""
     rollout = config.rollout
     shape = read_model_shape(config.model.path)
+    version = _vllm_version()
     check_quantization(config, experts=shape.moe is not None, on_cpu=on_cpu)
+    if rollout.quantization and on_cpu and not rounds_on_cpu(version):
+        raise UserError(f"rollout.quantization={rollout.quantization}: vLLM {version} rounds weights on a GPU only, 0.32 on a CPU too")
     longest = longest_sequence(config, shape.max_positions)
     options: dict[str, Any] = {
         "model": config.model.path,
@@ -62,7 +65,7 @@ def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
     }
     if on_cpu and shape.tie_embeddings:
         options["hf_overrides"] = {"tie_word_embeddings": False}  # as in vllm_engine.py
-    return [*_flags(options), *version_arguments(_vllm_version())]
+    return [*_flags(options), *version_arguments(version)]
 
 
 def _flags(options: dict[str, Any]) -> list[str]:

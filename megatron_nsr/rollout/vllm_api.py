@@ -18,6 +18,7 @@ from megatron_nsr.rollout.engine import Completion, SampleRequest, Sampling
 
 API_SERVER = "vllm.entrypoints.openai.api_server"  # 0.32 says it is deprecated; 0.26 has no other module that takes the same arguments
 SCALE_OUT_FLAG_SINCE = Version("0.32")  # 0.26 has no such flag and always serves GENERATE
+ROUNDS_ON_CPU_SINCE = Version("0.32")  # 0.26 has no kernel there that rounds weights to FP8
 FINAL_ONLY = 2  # vllm.sampling_params.RequestOutputKind.FINAL_ONLY
 
 # Paths and queries of requests; all but GENERATE need VLLM_SERVER_DEV_MODE=1.
@@ -33,7 +34,16 @@ Tensors = Iterable[tuple[str, torch.Tensor]]
 
 def version_arguments(vllm_version: str) -> list[str]:
     """What an API server of that version must be told beside what all versions understand."""
-    return ["--enable-scale-out"] if Version(Version(vllm_version).base_version) >= SCALE_OUT_FLAG_SINCE else []
+    return ["--enable-scale-out"] if _release(vllm_version) >= SCALE_OUT_FLAG_SINCE else []
+
+
+def rounds_on_cpu(vllm_version: str) -> bool:
+    """Whether vLLM of that version rounds the weights of linear layers to FP8 on a CPU."""
+    return _release(vllm_version) >= ROUNDS_ON_CPU_SINCE
+
+
+def _release(vllm_version: str) -> Version:
+    return Version(Version(vllm_version).base_version)
 
 
 def sampling_fields(request: SampleRequest, sampling: Sampling) -> dict[str, Any]:

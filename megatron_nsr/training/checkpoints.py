@@ -212,13 +212,18 @@ def _model_state(wrapped: Sequence[Any]) -> dict[str, Any]:
 
 
 def _without_extra_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Less what layers keep for FP8, which we do not train in: each backend has other layers that would ask for it."""
-    return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+    """Less what layers keep for FP8 (the scales of model.fp8=delayed): each backend has other layers that would ask for it."""
+    return {name: value for name, value in state.items() if not _is_extra_state(name)}
 
 
 def _with_extra_state(state: Mapping[str, Any], chunk: Any) -> dict[str, Any]:
-    """A state that the chunk's strict `load_state_dict` takes: None is the extra state of a layer without FP8."""
-    return {**state, **{name: None for name in chunk.state_dict() if name.endswith(EXTRA_STATE)}}
+    """A state that the chunk's strict `load_state_dict` takes: of None a layer keeps the extra state that it has."""
+    return {**state, **{name: None for name in chunk.state_dict() if _is_extra_state(name)}}
+
+
+def _is_extra_state(name: str) -> bool:
+    """Those of experts have a number behind (megatron-core 0.16.1, extensions/transformer_engine.py, TEGroupedLinear)."""
+    return name.rpartition(".")[2].startswith(EXTRA_STATE)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoint_files import read_description
-from megatron_nsr.training.checkpoints import Checkpoints
+from megatron_nsr.training.checkpoints import Checkpoints, _with_extra_state, _without_extra_state
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import Trajectory, UserError, WeightedSample
 from tests.tiny_models import write_tiny_model
@@ -166,6 +166,26 @@ def test_a_checkpoint_before_the_first_update_is_restored(model: Path, trained: 
     restore(tmp_path / "step_0", actor)
     start = weights(fresh)
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(actor).items())
+
+
+class Scaled(torch.nn.Linear):
+    """Keeps scales as Transformer Engine's layers do under FP8."""
+
+    scales = "its own"
+
+    def get_extra_state(self) -> str:
+        return self.scales
+
+    def set_extra_state(self, state: str | None) -> None:
+        self.scales = self.scales if state is None else state
+
+
+def test_scales_of_fp8_are_neither_written_nor_lost() -> None:
+    layer = torch.nn.ModuleDict({"fc1": Scaled(2, 2)})
+    weights = {"fc1.weight": torch.ones(2, 2), "fc1.bias": torch.zeros(2)}
+    assert _without_extra_state({**weights, "fc1._extra_state": "others", "fc1._extra_state1": "an expert's"}) == weights
+    layer.load_state_dict(_with_extra_state(weights, layer))
+    assert layer["fc1"].scales == "its own" and torch.equal(layer["fc1"].weight, torch.ones(2, 2))
 
 
 def test_a_save_that_cannot_write_leaves_the_older_checkpoint(model: Path, tmp_path: Path) -> None:
