@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile's cpu target and trains two steps in it. With a Docker daemon that is `docker build`. Without one buildah builds
-# it, and where the base image cannot be pulled, Debian's packages stand in for it: the same release, installed fresh.
-# As root on Debian or Ubuntu what is missing is installed. TORCH_WHEELS=FOLDER has torch's CPU build; PIP_CONF=FILE is pip's configuration.
+# it, as root, and where the base image cannot be pulled, Debian's packages stand in for it: the same release, installed fresh.
+# buildah and mmdebstrap are installed where they are missing; image and containers are removed at the end. 20 GB of free disk are needed.
+# TORCH_WHEELS=FOLDER has torch's CPU build; PIP_CONF=FILE is pip's configuration.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 image=megatron-nsr:cpu
@@ -13,30 +14,32 @@ if docker info >/dev/null 2>&1; then
     docker build "${arguments[@]}" .
     exec docker run --rm --shm-size 2g "$image" "${check[@]}"
 fi
-
-work=$(mktemp -d)
-container=
-buildah() { command buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"; }
-trap '[[ -z $container ]] || buildah rm "$container" >/dev/null; rm -rf "$work"' EXIT
-
-missing=()
-for program in buildah mmdebstrap; do command -v "$program" >/dev/null || missing+=("$program"); done
-if ((${#missing[@]})); then
-    echo "Installing ${missing[*]} ..."
-    apt-get update -qq >/dev/null
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+if [[ $(id -u) != 0 ]]; then
+    echo "build_cpu_image: no Docker daemon answers, and without one root is needed, for buildah" >&2
+    exit 1
 fi
+
+# install PROGRAM PACKAGE...: Debian's packages, where the program is missing.
+install() {
+    ! command -v "$1" >/dev/null || return 0
+    echo "Installing $1 ..."
+    apt-get update -qq >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${@:2}" >/dev/null
+}
+
+install buildah buildah
+work=$(mktemp -d)
+buildah() { TMPDIR=$work command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
+trap 'buildah rm --all >/dev/null 2>&1 || true; rm -rf --one-file-system "$work"' EXIT
 
 if ! buildah pull -q "$base" >/dev/null 2>&1; then
     echo "$base cannot be pulled: a fresh Debian bookworm stands in for it"
-    sources=(/etc/apt/sources.list.d/debian.sources)
-    [[ -s /etc/apt/sources.list ]] && sources=(/etc/apt/sources.list)
+    install mmdebstrap mmdebstrap debian-archive-keyring
+    mapfile -t sources < <(grep -ls bookworm /etc/apt/sources.list /etc/apt/sources.list.d/debian.sources)
     mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$work/debian.tar" "${sources[@]}"
     container=$(buildah from scratch)
     buildah add -q "$container" "$work/debian.tar" / >/dev/null
-    buildah commit -q "$container" "$base" >/dev/null
-    buildah rm "$container" >/dev/null
-    container=
+    buildah commit -q --rm "$container" "$base" >/dev/null
     rm "$work/debian.tar"
 fi
 

@@ -1,0 +1,81 @@
+"""`make test-docker` without a Docker daemon: what it installs, builds and leaves behind, told by stand-ins for the programs it calls."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "tools" / "build_cpu_image.sh"
+REAL = ("bash", "cat", "dirname", "git", "grep", "mktemp", "mv", "rm", "sed")
+CHECK = "-- bash /opt/megatron-nsr/share/megatron_nsr/tools/try_installed.sh /opt/megatron-nsr"
+
+
+class Machine:
+    """`programs` is the PATH that the script sees; `packages` is what apt-get can install; every call of a stand-in goes to `log`."""
+
+    def __init__(self, root: Path) -> None:
+        self.programs, self.packages, self.temporary, self.log = root / "bin", root / "packages", root / "tmp", root / "log"
+        for folder in (self.programs, self.packages, self.temporary):
+            folder.mkdir()
+        for name in REAL:
+            program = shutil.which(name)
+            assert program, f"no {name}"
+            (self.programs / name).symlink_to(program)
+        self.stand_in(self.programs / "docker", "exit 1")
+        self.stand_in(self.programs / "id", "echo 0")
+        install = f'[ ! -e {self.packages}/"$name" ] || mv {self.packages}/"$name" {self.programs}'
+        self.stand_in(self.programs / "apt-get", f'[ "$1" != install ] || for name; do {install}; done')
+
+    def stand_in(self, path: Path, text: str = "") -> None:
+        path.write_text(f'#!/usr/bin/env bash\necho "{path.name} $*" >> {self.log}\n{text}\n')
+        path.chmod(0o755)
+
+    def build(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        names = {"PATH": str(self.programs), "TMPDIR": str(self.temporary), **environment}
+        return subprocess.run([SCRIPT], env=names, capture_output=True, text=True)
+
+    def calls(self, program: str) -> list[str]:
+        """Their arguments, without those that name buildah's storage."""
+        words = [line.split() for line in self.log.read_text().splitlines()]
+        return [" ".join(line[5 if "--root" in line else 1 :]) for line in words if line[0] == program]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_without_docker_or_root_it_says_what_is_needed(machine: Machine) -> None:
+    machine.stand_in(machine.programs / "id", "echo 1000")
+    done = machine.build()
+    message = "build_cpu_image: no Docker daemon answers, and without one root is needed, for buildah\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+    assert machine.calls("apt-get") == []
+
+
+def test_a_bare_machine_gets_buildah_and_a_base_that_cannot_be_pulled_is_made(machine: Machine, tmp_path: Path) -> None:
+    machine.stand_in(machine.packages / "buildah", 'case " $* " in *" pull "*) exit 1 ;; *" from "*) echo container ;; esac')
+    machine.stand_in(machine.packages / "mmdebstrap", 'for name; do case "$name" in *.tar) : >"$name" ;; esac; done')
+    done = machine.build(TORCH_WHEELS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    installed = [line.split()[-1] for line in machine.calls("apt-get") if line.startswith("install")]
+    assert installed == ["buildah", "debian-archive-keyring"]
+    (base,) = machine.calls("mmdebstrap")
+    assert " bookworm " in base
+    pull, *made, build, start, check, cleaned = machine.calls("buildah")
+    assert pull == "pull -q debian:12.12-slim" and made[-1] == "commit -q --rm container debian:12.12-slim"
+    assert build.startswith("bud ") and build.endswith(" .") and " --target cpu --tag megatron-nsr:cpu " in build
+    assert f" --volume {tmp_path}:/torch-wheels:ro " in build and " --build-arg TORCH_SOURCE=--find-links /torch-wheels " in build
+    assert start == "from --pull-never localhost/megatron-nsr:cpu" and check == f"run --isolation chroot container {CHECK}"
+    assert cleaned == "rm --all" and list(machine.temporary.iterdir()) == []
+
+
+def test_a_base_that_can_be_pulled_is_used_and_a_failed_build_leaves_nothing(machine: Machine) -> None:
+    machine.stand_in(machine.programs / "buildah", 'case " $* " in *" bud "*) exit 7 ;; esac')
+    done = machine.build()
+    assert done.returncode == 7
+    assert [call.split()[0] for call in machine.calls("buildah")] == ["pull", "bud", "rm"]
+    assert machine.calls("apt-get") == [] and list(machine.temporary.iterdir()) == []
