@@ -1,0 +1,1 @@
+"""The parts of `tools/gpu_acceptance.py`, one file a part; docs/h200.md says what each of them checks."""
