@@ -36,7 +36,7 @@ TEMPERATURE = 0.7
 # Log-ratios of the policy to the old one, the reference and the engine: none is near a bound, so that rounding decides no clip.
 LOG_RATIOS = (-0.45, -0.1, 0.1, 0.45)
 # Largest errors; gradients as a norm over that of the exact ones. bf16 rounds the gradient of the logits once.
-BOUNDS = {torch.float32: {"nats": 2e-4, "gradient": 1e-4}, torch.bfloat16: {"nats": 2e-4, "gradient": 1e-2}}
+BOUNDS = {torch.float32: {"nats": 2e-4, "gradient": 5e-4}, torch.bfloat16: {"nats": 2e-4, "gradient": 1e-2}}
 NAMED_PEERS = ("Liger", "verl", "cut-cross-entropy", "quack", "torch")  # how their names begin
 OURS = "policy_head, main_grad"
 

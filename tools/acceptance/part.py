@@ -30,6 +30,7 @@ class Part:
 
 PARTS = {
     "head": Part("head", "the fused head against float64, and its benchmark", {"TRITON_INTERPRET": "1"}),
+    "policy": Part("policy", "a megatron-core policy beside Hugging Face's model"),
 }
 
 
