@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_nsr.observability.environment import describe_environment
+from megatron_nsr.platform.quiet import ignore_library_warnings
 from tools.acceptance.record import NotRun, Record
 
 LIMIT_S = 480.0
@@ -31,6 +32,7 @@ class Part:
 PARTS = {
     "head": Part("head", "the fused head against float64, and its benchmark", {"TRITON_INTERPRET": "1"}),
     "policy": Part("policy", "a megatron-core policy beside Hugging Face's model"),
+    "te": Part("te", "Transformer Engine's layers beside the cpu backend, and FP8 beside BF16"),
 }
 
 
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
+    ignore_library_warnings()
     raise SystemExit(0 if run_part(arguments.name, arguments.file, arguments.work, dry=arguments.dry) else 1)
 
 

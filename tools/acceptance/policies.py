@@ -20,7 +20,6 @@ from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, PreparedStep
 from megatron_nsr.training.measurements import TokenSums
-from megatron_nsr.training.packing import pack
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
 
@@ -35,6 +34,7 @@ def policy_config(path: Path, /, **sections: dict[str, Any]) -> Config:
         "data": {"template": "plain", "prompts_per_step": 1},
         "objective": {"name": "reinforce", "mini_batch_prompts": 1, "entropy_coefficient": ENTROPY},
         "optimizer": {"gradient_clip": 0.0},  # the gradient is read after the update
+        "training": {"tokens_per_micro_batch": 1 << 20},  # whatever is packed is one micro-batch
         "logging": {"sign_norms_every": 0},
     }
     for name, section in sections.items():
@@ -71,8 +71,9 @@ def made_up(vocabulary: int, prompt: int, responses: Sequence[int], seed: int) -
 
 
 def packed(samples: Sequence[WeightedSample], actor: Actor) -> TrainBatch:
-    """All samples in one micro-batch, in their order."""
-    return pack(samples, device=actor.groups.device)
+    """All samples in one micro-batch, in their order, filled up as the actor's layers need it."""
+    (batch,) = actor.pack(samples)
+    return batch
 
 
 def response_logprobs(actor: Actor, batch: TrainBatch) -> Tensor:

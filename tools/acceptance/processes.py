@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a process's own, not of those that it starts
 
 
 def python(*arguments: str | Path) -> list[str]:
@@ -23,7 +24,8 @@ def python(*arguments: str | Path) -> list[str]:
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's, with the repository importable. Without OMP_NUM_THREADS it is 1, as for every command of the project."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, **(changes or {})}
+    inherited = {name: value for name, value in os.environ.items() if name not in WORLD}
+    return {"OMP_NUM_THREADS": "1", **inherited, "PYTHONPATH": path, **(changes or {})}
 
 
 @contextmanager

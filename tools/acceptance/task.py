@@ -14,10 +14,10 @@ from typing import Any
 
 from examples.quickstart.arithmetic import COMPUTE
 from examples.quickstart.corpus import BOX, END, write_attempt
-from examples.quickstart.puzzle import Ranges, running_values
+from examples.quickstart.puzzle import Ranges
 from examples.quickstart.tokenizer import EOS_ID, PAD_ID, train_tokenizer
 
-__all__ = ["EOS_ID", "PAD_ID", "prompt_tokens", "response_tokens", "tokenizer_bytes", "write_problems"]
+__all__ = ["EOS_ID", "PAD_ID", "one_problem", "prompt_tokens", "response_tokens", "tokenizer_bytes", "write_problems"]
 
 RANGES = Ranges()
 
@@ -32,16 +32,16 @@ def response_tokens(numbers: int) -> int:
     return 2 * numbers + 4
 
 
-def problem(draw: random.Random, numbers: int) -> dict[str, Any]:
+def one_problem(draw: random.Random, numbers: int) -> dict[str, Any]:
     """A row of a data file. Every value on the way lies within what the tokenizer has a word for."""
-    terms, operators, value = [draw.randint(1, RANGES.largest_operand)], "", 0
-    value = terms[0]
+    value = draw.randint(1, RANGES.largest_operand)
+    terms, operators = [value], ""
     for _ in range(numbers - 1):
         term = draw.randint(1, RANGES.largest_operand)
-        possible = [sign for sign, result in (("+", value + term), ("-", value - term)) if 0 <= result <= RANGES.largest_value]
-        operators += draw.choice(possible)
+        results = {"+": value + term, "-": value - term}
+        operators += draw.choice([sign for sign, result in results.items() if 0 <= result <= RANGES.largest_value])
         terms.append(term)
-        value = running_values((value, term), operators[-1])[-1]
+        value = results[operators[-1]]
     question = COMPUTE + str(terms[0]) + "".join(f"{sign}{term}" for sign, term in zip(operators, terms[1:], strict=True))
     return {"question": question, "answer": str(value), "response": write_attempt(tuple(terms), operators) + BOX + str(value) + END}
 
@@ -49,7 +49,7 @@ def problem(draw: random.Random, numbers: int) -> dict[str, Any]:
 def write_problems(file: Path, *, numbers: int, count: int, seed: int) -> Path:
     """JSON lines with question, answer and a right response."""
     draw = random.Random(seed)
-    rows = ({"id": f"chain-{seed}-{index}", **problem(draw, numbers)} for index in range(count))
+    rows = ({"id": f"chain-{seed}-{index}", **one_problem(draw, numbers)} for index in range(count))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
@@ -58,5 +58,5 @@ def write_problems(file: Path, *, numbers: int, count: int, seed: int) -> Path:
 def tokenizer_bytes() -> bytes:
     """One id for each word of the task."""
     draw = random.Random(0)
-    rows = [problem(draw, 12) for _ in range(200)]
+    rows = [one_problem(draw, 12) for _ in range(200)]
     return train_tokenizer((text for row in rows for text in (row["question"], row["response"])), RANGES)
