@@ -33,6 +33,10 @@ PARTS = {
     "head": Part("head", "the fused head against float64, and its benchmark", {"TRITON_INTERPRET": "1"}),
     "policy": Part("policy", "a megatron-core policy beside Hugging Face's model"),
     "te": Part("te", "Transformer Engine's layers beside the cpu backend, and FP8 beside BF16"),
+    "rollout": Part("rollout", "vLLM in the policy's process: pushes, generation, sleep, FP8 rollouts"),
+    "job-1.5b": Part("job_large", "the main job colocated on one GPU, 1.5B shape"),
+    "job-0.5b": Part("job_small", "the main job colocated on one GPU, 0.5B shape, 50 steps"),
+    "vocabulary": Part("vocabulary", "the whole vocabulary with sequences of 4,096 tokens"),
 }
 
 

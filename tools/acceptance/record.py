@@ -118,6 +118,9 @@ class Record:
         reached = None if self.dry else goal.reached(value)
         self._reached[name] = {"value": value, "reached": reached}
 
+    def has_goal(self, name: str) -> bool:
+        return name in self._goals
+
     def open_goal(self, name: str, why: str) -> None:
         self._reached[name] = {"reached": None, "why": why}
 
