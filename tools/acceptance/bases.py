@@ -35,8 +35,8 @@ class Base:
 
 
 def made_base(record: Record, step: Step, base: Base, work: Path) -> Path:
-    """The base's directory; made in a process of its own unless an earlier part left it in `work`."""
-    folder = work / base.name
+    """The base's directory; made in a process of its own unless an earlier part left it beside `work`."""
+    folder = work.parent / base.name
     if not (folder / "hf").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "base.json").write_text(json.dumps(asdict(base)), encoding="utf-8")

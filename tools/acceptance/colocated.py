@@ -116,7 +116,7 @@ class Colocated:
         self._check_gap(step, self.drawn, wrong=stale)
 
     def sleep(self, step: Step) -> None:
-        """A training phase that changes no weight, with the engine asleep: the memory that the driver sees freed, the same responses after."""
+        """A training phase that changes no weight, the engine asleep: the memory that its driver sees freed, the same responses after."""
         if self.device.type != "cuda":
             self.parts.phases.train()
             self._update(self.drawn, 0.0)

@@ -16,7 +16,6 @@ import torch
 
 from megatron_nsr.components import Components, Inputs
 from megatron_nsr.config import Config
-from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.observability.run_directory import open_run
 from megatron_nsr.planning.hardware import GPUS, find_gpu
@@ -24,12 +23,12 @@ from megatron_nsr.planning.plan import make_plan
 from megatron_nsr.planning.workload import Lengths
 from megatron_nsr.platform.signals import StopRequest
 from megatron_nsr.trainer import Trainer
-from megatron_nsr.types import TrainBatch, UserError
+from megatron_nsr.types import TrainBatch
 from tools.acceptance.bases import Base, made_base
 from tools.acceptance.curves import Lesson
 from tools.acceptance.flops import sequence_lengths, update_flops
 from tools.acceptance.limits import measure_limits
-from tools.acceptance.policies import free_device_memory
+from tools.acceptance.policies import free_device_memory, this_backend
 from tools.acceptance.record import Goal, NotRun, Record, Step
 from tools.acceptance.runs import PeakMemory, RunSettings, built, run_config
 
@@ -51,12 +50,7 @@ class Settings:
 
 def run(record: Record, work: Path, settings: Settings) -> None:
     record.settings = asdict(settings)
-    try:
-        device = choose_backend("auto").device
-    except UserError as missing:
-        with record.step("backend"):
-            raise NotRun(str(missing))
-        return
+    device = this_backend().device
     model = None
     with record.step("base model") as step:
         model = made_base(record, step, settings.base, work)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from megatron_nsr.observability.environment import describe_environment
 from megatron_nsr.platform.quiet import ignore_library_warnings
 from tools.acceptance.record import NotRun, Record
 
-LIMIT_S = 480.0
+LIMIT_S = 480.0  # after which a part is killed
+PLANNED_S = 450.0  # what it plans with itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ PARTS = {
     "job-1.5b": Part("job_large", "the main job colocated on one GPU, 1.5B shape"),
     "job-0.5b": Part("job_small", "the main job colocated on one GPU, 0.5B shape, 50 steps"),
     "vocabulary": Part("vocabulary", "the whole vocabulary with sequences of 4,096 tokens"),
+    "tune": Part("tune", "which values of what can be set are fastest"),
 }
 
 
@@ -56,14 +59,21 @@ def describe(name: str) -> dict[str, object]:
 
 
 def run_part(name: str, file: Path, work: Path, *, dry: bool) -> bool:
-    """Runs a part and writes its file; whether all that could run holds. Without CUDA there is only the dry run."""
+    """Runs a part and writes its file; whether all that could run holds. Without CUDA there is only the dry run.
+
+    work: shared by the parts; each has a folder of its own in it, made anew.
+    """
     module = importlib.import_module(f"tools.acceptance.{PARTS[name].module}") if dry or torch.cuda.is_available() else None
-    record = Record(file, name, describe(name), module.GOALS if module else {}, dry=dry, limit_s=LIMIT_S)
-    if module is None:
-        with record.step("device"):
+    record = Record(file, name, describe(name), module.GOALS if module else {}, dry=dry, limit_s=PLANNED_S)
+    own = work / name
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+    try:
+        if module is None:
             raise NotRun("torch sees no CUDA device; --dry exercises the program on a CPU")
-    else:
-        module.run(record, work)
+        module.run(record, own)
+    except NotRun as missing:
+        record.not_run = str(missing)
     record.finish()
     return record.holds
 

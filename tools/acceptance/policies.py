@@ -21,7 +21,8 @@ from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor, PreparedStep
 from megatron_nsr.training.measurements import TokenSums
 from megatron_nsr.training.setup import build_actor
-from megatron_nsr.types import TrainBatch, Trajectory, WeightedSample
+from megatron_nsr.types import TrainBatch, Trajectory, UserError, WeightedSample
+from tools.acceptance.record import NotRun
 
 ENTROPY = 0.01  # coefficient of the bonus: large enough that a missing one shows in the gradient
 
@@ -40,6 +41,14 @@ def policy_config(path: Path, /, **sections: dict[str, Any]) -> Config:
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section
     return parse_config(values)
+
+
+def this_backend() -> Backend:
+    """The one that `auto` takes. Raises NotRun where a part of it is missing."""
+    try:
+        return choose_backend("auto")
+    except UserError as missing:
+        raise NotRun(str(missing)) from None
 
 
 def build_policy_of(config: Config, backend: Backend | None = None) -> tuple[Actor, ModelShape]:

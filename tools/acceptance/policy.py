@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_nsr.models.backends import choose_backend
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.training.actor import Actor
-from megatron_nsr.types import UserError, WeightedSample
+from megatron_nsr.types import WeightedSample
 from megatron_nsr.weights.mapping import chunk_entries
 from tools.acceptance import huggingface
 from tools.acceptance.limits import measure_limits, wall_seconds
@@ -33,6 +32,7 @@ from tools.acceptance.policies import (
     packed,
     policy_config,
     response_logprobs,
+    this_backend,
     update_on,
 )
 from tools.acceptance.record import Goal, NotRun, Record, Step
@@ -75,12 +75,7 @@ DRY = Settings("tiny", "float32", 5, (30, 1, 12, 7), {"head_dim": 32})
 def run(record: Record, work: Path) -> None:
     settings = DRY if record.dry else GPU
     record.settings = asdict(settings)
-    try:
-        backend = choose_backend("auto")
-    except UserError as missing:
-        with record.step("backend"):
-            raise NotRun(str(missing))
-        return
+    backend = this_backend()
     measure_limits(record, backend.device)
     with record.step("backend") as step:
         step.figure(backend=backend.name, cpu_patches="megatron_nsr.platform.cpu_patches" in sys.modules)
@@ -152,7 +147,7 @@ class Comparison:
         step.check("log-probs, mean error in nats", mean_gap(mine, right), at_most=bound, wrong=mean_gap(unpacked, right))
 
     def _adam(self, step: Step, before: Mapping[str, Tensor], gradients: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """The first step of AdamW in closed form, p - lr (g / (|g| + eps) + decay p), from our own gradient. Norms and biases do not decay."""
+        """AdamW's first step in closed form, p - lr (g / (|g| + eps) + decay p), from our own gradient; norms and biases do not decay."""
         different = unmoved = total = 0
         for name, old in before.items():
             weight, gradient = old.double(), gradients[name].double()
@@ -166,7 +161,7 @@ class Comparison:
 
 
 def hf_weights(actor: Actor, shape: ModelShape) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for _, entry, _, parameter in chunk_entries(actor.chunks, shape):
         found |= dict(zip(entry.hf, entry.layout.join([parameter.detach()], shape), strict=True))
     return found
@@ -174,14 +169,14 @@ def hf_weights(actor: Actor, shape: ModelShape) -> dict[str, Tensor]:
 
 def hf_gradients(actor: Actor, shape: ModelShape) -> dict[str, Tensor]:
     """The accumulated fp32 gradients under Hugging Face's names, of a policy on one rank."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for _, entry, _, parameter in chunk_entries(actor.chunks, shape):
         found |= dict(zip(entry.hf, entry.layout.join([parameter.main_grad], shape), strict=True))
     return found
 
 
 def fused_accumulation(step: Step, model: Path, settings: Settings) -> None:
-    """The te backend leaves weight gradients to torch, which adds them to the fp32 buffer; Transformer Engine can add them in its product."""
+    """The te backend lets torch add weight gradients to the fp32 buffer; Transformer Engine can add them in its product."""
     from megatron_nsr.models.te_backend import TransformerEngineBackend
 
     class FusedBackend(TransformerEngineBackend):
@@ -201,7 +196,9 @@ def fused_accumulation(step: Step, model: Path, settings: Settings) -> None:
         free_device_memory()
     step.figure(update_seconds=seconds)
     apart, fused = found
-    step.check("gradient, relative error", distance(fused, apart), at_most=0.01, wrong=distance({n: g / 2 for n, g in apart.items()}, apart))
+    step.check(
+        "gradient, relative error", distance(fused, apart), at_most=0.01, wrong=distance({n: g / 2 for n, g in apart.items()}, apart)
+    )
 
 
 def optimizer_name(actor: Actor) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,8 @@ def started(command: Sequence[str], log: Path | None = None, changes: Mapping[st
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """Kills the process and all that it started. The session's leader may be gone while others of it live."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

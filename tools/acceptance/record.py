@@ -9,10 +9,10 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 
@@ -76,10 +76,37 @@ class Step:
         return found
 
 
+class RunningStep:
+    """Takes a step's seconds and keeps its exceptions."""
+
+    def __init__(self, record: Record, step: Step) -> None:
+        self._record, self._step = record, step
+
+    def __enter__(self) -> Step:
+        self._started = time.monotonic()
+        return self._step
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        step = self._step
+        if isinstance(error, NotRun):
+            step.not_run = str(error)
+        elif isinstance(error, Exception):
+            traceback.print_exception(error)
+            step.error = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        elif error is not None:
+            return False
+        step.seconds = time.monotonic() - self._started
+        self._record.write()
+        _say(step)
+        return True
+
+
 class Record:
     """A part's JSON file. `described`: what is known before the part starts (versions, device, commit)."""
 
-    def __init__(self, file: Path, part: str, described: Mapping[str, Any], goals: Mapping[str, Goal], *, dry: bool, limit_s: float) -> None:
+    def __init__(
+        self, file: Path, part: str, described: Mapping[str, Any], goals: Mapping[str, Goal], *, dry: bool, limit_s: float
+    ) -> None:
         self.file, self.part, self.dry = file, part, dry
         self._described, self._goals = dict(described), dict(goals)
         self._started, self._limit_s = time.monotonic(), limit_s
@@ -87,6 +114,7 @@ class Record:
         self.limits: dict[str, Any] = {}
         self.steps: list[Step] = []
         self._reached: dict[str, dict[str, Any]] = {}
+        self.not_run: str | None = None  # of the whole part
         self.complete = False
         self.write()
 
@@ -95,22 +123,12 @@ class Record:
         """Seconds that are left to the part."""
         return self._limit_s - (time.monotonic() - self._started)
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[Step]:
-        """A step that lacks a component is `not run`; any other exception is an error of the step, and the part goes on."""
-        step, started = Step(name), time.monotonic()
+    def step(self, name: str) -> RunningStep:
+        """To be entered: a step that lacks a component is `not run`; any other exception is an error of the step, and the part goes on."""
+        step = Step(name)
         self.steps.append(step)
         print(f"{self.part}: {name} ...", flush=True)
-        try:
-            yield step
-        except NotRun as missing:
-            step.not_run = str(missing)
-        except Exception as error:
-            traceback.print_exc()
-            step.error = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-        step.seconds = time.monotonic() - started
-        self.write()
-        _say(step)
+        return RunningStep(self, step)
 
     def goal(self, name: str, value: float) -> None:
         """What was measured for a goal of the part. A dry run measures nothing that a goal speaks of: it stays open."""
@@ -137,6 +155,7 @@ class Record:
             "part": self.part,
             "dry": self.dry,
             **self._described,
+            **({} if self.not_run is None else {"not run": self.not_run}),
             "settings": self.settings,
             "limits": self.limits,
             "steps": {step.name: step.described() for step in self.steps},

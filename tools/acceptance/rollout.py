@@ -14,15 +14,13 @@ import torch
 
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
-from megatron_nsr.models.backends import choose_backend
-from megatron_nsr.types import UserError
 from tools.acceptance.bases import Base, made_base
 from tools.acceptance.colocated import GAPS, Colocated
 from tools.acceptance.job import DRY_BASE, DRY_RUN
 from tools.acceptance.job_large import BASE
 from tools.acceptance.limits import measure_limits
-from tools.acceptance.policies import free_device_memory
-from tools.acceptance.record import Goal, NotRun, Record, Step
+from tools.acceptance.policies import free_device_memory, this_backend
+from tools.acceptance.record import Goal, Record, Step
 from tools.acceptance.rollout_gap import gap_of
 from tools.acceptance.runs import RunSettings, built, run_config
 
@@ -55,12 +53,7 @@ DRY = Settings(DRY_BASE, DRY_RUN)
 def run(record: Record, work: Path) -> None:
     settings = DRY if record.dry else GPU
     record.settings = asdict(settings)
-    try:
-        device = choose_backend("auto").device
-    except UserError as missing:
-        with record.step("backend"):
-            raise NotRun(str(missing))
-        return
+    device = this_backend().device
     model = None
     with record.step("base model") as step:
         model = made_base(record, step, settings.base, work)

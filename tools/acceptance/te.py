@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from megatron_nsr.models.backends import choose_backend
-from megatron_nsr.types import UserError
 from tools.acceptance import processes
 from tools.acceptance.backend_numbers import Case, Numbers, measure, write_cases
 from tools.acceptance.curves import Lesson, compare_curves, learn
 from tools.acceptance.flops import update_flops
 from tools.acceptance.limits import measure_limits, wall_seconds
 from tools.acceptance.models import write_model
-from tools.acceptance.policies import build_policy_of, free_device_memory, made_up, packed, policy_config, update_on
+from tools.acceptance.policies import build_policy_of, free_device_memory, made_up, packed, policy_config, this_backend, update_on
 from tools.acceptance.policy import mean_gap
 from tools.acceptance.record import Goal, NotRun, Record, Step
 
@@ -47,20 +45,20 @@ class Settings:
 
 
 GPU = Settings(
-    "0.5b", {"num_hidden_layers": 4, "vocab_size": 4096}, "0.5b", Lesson(50, 24, 120, 3e-4), "7b", {"num_hidden_layers": 8, "vocab_size": 16384}
-)  # fmt: skip
+    "0.5b",
+    {"num_hidden_layers": 4, "vocab_size": 4096},
+    "0.5b",
+    Lesson(50, 24, 120, 3e-4),
+    "7b",
+    {"num_hidden_layers": 8, "vocab_size": 16384},
+)
 DRY = Settings("tiny", {}, "tiny", Lesson(20, 8, 4, 1e-2), "tiny", {}, 4, 12, 2)
 
 
 def run(record: Record, work: Path) -> None:
     settings = DRY if record.dry else GPU
     record.settings = asdict(settings)
-    try:
-        backend = choose_backend("auto")
-    except UserError as missing:
-        with record.step("backend"):
-            raise NotRun(str(missing))
-        return
+    backend = this_backend()
     measure_limits(record, backend.device)
     with record.step("bf16 beside the cpu backend, checkpoints both ways") as step:
         beside_cpu(record, step, settings, work)

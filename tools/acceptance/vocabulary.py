@@ -12,16 +12,25 @@ from typing import Any
 
 import torch
 
-from megatron_nsr.models.backends import choose_backend
-from megatron_nsr.types import UserError, WeightedSample
+from megatron_nsr.types import WeightedSample
 from tools.acceptance import huggingface
 from tools.acceptance.flops import update_flops
 from tools.acceptance.limits import measure_limits, meter_of
 from tools.acceptance.models import write_model
-from tools.acceptance.policies import build_policy_of, free_device_memory, made_up, packed, policy_config, response_logprobs, update_on
+from tools.acceptance.policies import (
+    build_policy_of,
+    free_device_memory,
+    made_up,
+    packed,
+    policy_config,
+    response_logprobs,
+    this_backend,
+    update_on,
+)
 from tools.acceptance.policy import LOGPROB_BOUND, OF_HF_ERROR, mean_gap
 from tools.acceptance.record import Goal, NotRun, Record, Step
 from tools.acceptance.runs import PeakMemory, timed
+from tools.benchmarks.fused_head import TRAINING, Case
 from tools.benchmarks.fused_head_measure import Problem, Shape, make_problem
 from tools.benchmarks.fused_head_peers import BASELINES, OURS, Variant
 
@@ -51,12 +60,7 @@ DRY = Settings("tiny", "float32", 4, 13, 2, 256, 32)
 def run(record: Record, work: Path) -> None:
     settings = DRY if record.dry else GPU
     record.settings = asdict(settings)
-    try:
-        device = choose_backend("auto").device
-    except UserError as missing:
-        with record.step("backend"):
-            raise NotRun(str(missing))
-        return
+    device = this_backend().device
     measure_limits(record, device)
     with record.step("memory of the head") as step:
         head_memory(step, settings, device)
@@ -76,29 +80,19 @@ def head_memory(step: Step, settings: Settings, device: torch.device) -> None:
     problem = make_problem(shape, device, getattr(torch, settings.dtype))
     matrix = 4 * shape.tokens * shape.vocabulary
     ours = next(variant for variant in OURS if variant.name == "policy_head, main_grad")
-    peaks = {variant.name: _peak(variant, problem, device) for variant in (ours, BASELINES[0])}
+    peaks = {variant.name: peak_bytes(variant, problem, device) for variant in (ours, BASELINES[0])}
     step.figure(peak_bytes=peaks, bytes_of_one_matrix=matrix)
-    step.check(
-        "peak over one matrix of logits", peaks[ours.name] / matrix, at_most=LARGEST_SHARE, wrong=peaks[BASELINES[0].name] / matrix
-    )
+    whole = peaks[BASELINES[0].name] / matrix
+    step.check("peak over one matrix of logits", peaks[ours.name] / matrix, at_most=LARGEST_SHARE, wrong=whole)
 
 
-def _peak(variant: Variant, problem: Problem, device: torch.device) -> int:
-    """After a call that warms up. The fp32 gradient of the weight counts as an input, where the head adds to it."""
-    head, weight = variant.build(device), problem.weight
-    weight_any: Any = weight
-    weight_any.main_grad = torch.zeros_like(weight, dtype=torch.float32) if head.main_grad else None
-
-    def call() -> None:
-        problem.hidden.grad = weight.grad = None
-        outcome = head.training(problem, True)
-        assert outcome.loss is not None
-        outcome.loss.backward()
-
-    if not head.main_grad:
-        del weight_any.main_grad
-    call()
-    found = meter_of(device).peak_bytes(call)
+def peak_bytes(variant: Variant, problem: Problem, device: torch.device) -> int:
+    """Of forward and backward, after a call that warms up. An fp32 gradient that the head adds to counts as an input."""
+    case = Case(variant, variant.build(device), TRAINING, entropy=True)
+    case.prepare(problem)
+    case.run(problem)
+    case.prepare(problem)
+    found = meter_of(device).peak_bytes(lambda: case.run(problem))
     if found is None:
         raise NotRun("no way to measure memory on this system")
     return found
@@ -142,7 +136,9 @@ def updates(record: Record, step: Step, model: Path, settings: Settings) -> None
     losses = [metrics["policy/loss"] for _, metrics in laps]
     tokens = sum(len(batch.tokens) for batch in batches)
     rate = update_flops(shape, batches) / seconds / 1e12
-    step.figure(seconds=[lap for lap, _ in laps], tokens_per_s=tokens / seconds, model_tflops=rate, peak_memory_gib=memory.gib, losses=losses)
+    step.figure(
+        seconds=[lap for lap, _ in laps], tokens_per_s=tokens / seconds, model_tflops=rate, peak_memory_gib=memory.gib, losses=losses
+    )
     if "bf16_tflops" in record.limits:
         step.figure(share_of_measured_bf16_products=rate / record.limits["bf16_tflops"])
     step.check("the log-probs of samples that are reinforced rise", laps[-1][1]["policy/logprob"] > laps[0][1]["policy/logprob"])
