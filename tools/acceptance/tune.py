@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def head_chunks(step: Step, settings: Settings, problem: Problem, device: torch.
 def tiles(step: Step, settings: Settings, problem: Problem, device: torch.device) -> None:
     """Columns that a program of each kernel holds at once."""
     for name in ("statistics", "gradient"):
-        kernels = importlib.import_module(f"megatron_nsr.losses.triton_{name}")
+        kernels: Any = importlib.import_module(f"megatron_nsr.losses.triton_{name}")
         shipped = kernels._TILE
         found = Step(name)
         try:
