@@ -176,21 +176,30 @@ def hf_gradients(actor: Actor, shape: ModelShape) -> dict[str, Tensor]:
 
 
 def fused_accumulation(step: Step, model: Path, settings: Settings) -> None:
-    """The te backend lets torch add weight gradients to the fp32 buffer; Transformer Engine can add them in its product."""
+    """Weight gradients that Transformer Engine adds to the fp32 buffer in its own product, and those that torch adds to it."""
+    from megatron.core.tensor_parallel import layers
+
     from megatron_nsr.models.te_backend import TransformerEngineBackend
 
-    class FusedBackend(TransformerEngineBackend):
+    if not layers._grad_accum_fusion_available:
+        raise NotRun("Apex's fused_weight_gradient_mlp_cuda is not installed, without which megatron-core fuses none")
+
+    class Backend(TransformerEngineBackend):
+        def __init__(self, fusion: bool) -> None:
+            super().__init__()
+            self.fusion = fusion
+
         def config_overrides(self) -> dict[str, Any]:
-            return super().config_overrides() | {"gradient_accumulation_fusion": True}
+            return super().config_overrides() | {"gradient_accumulation_fusion": self.fusion}
 
     found, seconds = [], {}
-    for name, backend in (("apart", TransformerEngineBackend()), ("fused", FusedBackend())):
+    for kind, backend in (("apart", Backend(False)), ("fused", Backend(True))):
         actor, shape = build_policy_of(config_of(model, settings.dtype), backend)
         batch = packed(made_up(shape.vocab_size, settings.prompt, settings.responses, seed=1), actor)
         update_on(actor, [batch], 0.0)  # two micro-batches below: accumulation is what is asked about
         update_on(actor, [batch, batch], 0.0)
         found.append({name: gradient.cpu() for name, gradient in hf_gradients(actor, shape).items()})
-        seconds[name] = min(wall_seconds(backend.device, lambda a=actor, b=batch: update_on(a, [b, b], 0.0)) for _ in range(5))  # type: ignore[misc]
+        seconds[kind] = min(wall_seconds(backend.device, lambda a=actor, b=batch: update_on(a, [b, b], 0.0)) for _ in range(5))  # type: ignore[misc]
         del actor
         gc.collect()
         free_device_memory()
