@@ -1,7 +1,7 @@
 # Every target sets up what it needs: the environment is made once in .venv, from pinned lock files, and reused.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install browser test test-slurm test-vllm-0.26 test-wheel test-docker lint format quickstart quickstart-base reproduce
+.PHONY: help install browser test test-slurm test-gpu test-vllm-0.26 test-wheel test-docker lint format quickstart quickstart-base reproduce
 .PHONY: reproduce-full bench-deps launch-deps clean
 
 VENV := .venv
@@ -99,6 +99,10 @@ test-slurm: $(TEST_INSTALLED) ## launch real jobs on a Slurm of two nodes, which
 	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh up && \
 	SLURM_CONF=$(SLURM_SANDBOX)/slurm.conf $(BIN)/python -m pytest tests/slurm; status=$$?; \
 	SLURM_SANDBOX=$(SLURM_SANDBOX) tools/slurm_sandbox.sh down; exit $$status
+
+# The environment is the GPU host's own (docs/containers.md), with the test tools; nothing is installed here.
+test-gpu: ## on a host with a CUDA GPU: every part of tools/gpu_acceptance.py, and the Triton kernels
+	$(PYTHON) -m pytest tests/gpu
 
 # The pinned packages of .venv, those of vllm-0.26.lock in their place.
 $(OLD_INSTALLED): $(LOCKS) requirements/vllm-0.26-torch.lock requirements/vllm-0.26.lock

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
