@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from megatron.core.transformer.transformer_config import TransformerConfig
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_nsr.config import ModelConfig, ParallelConfig
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.types import UserError
+
+if TYPE_CHECKING:  # the planner checks layouts without megatron-core, whose import takes seconds
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _SIDE = 16  # of each side of an FP8 product, rows of tokens included (cuBLAS; Transformer Engine 2.11, utils.py)
 # What one rank adds to an all-gather in blockwise scaling (Transformer Engine 2.11, utils.py, assert_dim_for_all_gather).

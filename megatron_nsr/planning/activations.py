@@ -14,6 +14,8 @@ from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.hardware import BackendName
 from megatron_nsr.planning.layout import Layout
 
+FP8_BYTES = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Widths:
@@ -40,19 +42,25 @@ class Widths:
 
 def kept_by_layer(shape: ModelShape, layout: Layout, element: int, backend: BackendName) -> float:
     """Bytes that one layer keeps of one micro-batch, on average over the layers. element: bytes of an activation."""
-    whole, share = _whole_layer(shape, layout, element, backend), layout.recomputed_share(shape)
+    fp8, share = layout.fp8_share(shape), layout.recomputed_share(shape)
+    whole = (1 - fp8) * _whole_layer(shape, layout, element, backend, element)
+    whole += fp8 * _whole_layer(shape, layout, element, backend, FP8_BYTES)
     entry = layout.part_tokens * shape.hidden * element / layout.refined.together
     return share * entry / (layout.tensor if layout.refined.distributed else 1) + (1 - share) * whole
 
 
-def _whole_layer(shape: ModelShape, layout: Layout, element: int, backend: BackendName) -> float:
+def _whole_layer(shape: ModelShape, layout: Layout, element: int, backend: BackendName, side: int) -> float:
+    """side: bytes of an input that a linear layer keeps for its weight's gradient; `element`, or 1 where it computes in FP8."""
     widths = Widths.of(shape, layout.tensor)
     attention = _attention_bytes(shape, layout, widths, element, backend)
-    norm = layout.part_tokens * _norm_bytes(widths.hidden, element, backend)
+    if side != element:  # attention keeps its output as it is, and the layer behind it a rounded copy
+        attention += layout.tokens * side * widths.queries
+    norm = layout.part_tokens * (_norm_bytes(widths.hidden, element, backend) + (side - element) * widths.hidden)
+    second = norm if shape.moe is None else layout.part_tokens * _norm_bytes(widths.hidden, element, backend)  # the router's input too
     if not layout.again(shape).mlp or layout.recompute == "full":
-        return 2 * norm + attention + _mlp_bytes(shape, layout, widths, element, backend)
+        return norm + second + attention + _mlp_bytes(shape, layout, widths, element, backend, side)
     # The second norm is part of what te recomputes, but before experts.
-    return norm + attention + (norm if backend == "cpu" or shape.moe else layout.part_tokens * widths.hidden * element)
+    return norm + attention + (second if backend == "cpu" or shape.moe else layout.part_tokens * widths.hidden * element)
 
 
 def _norm_bytes(width: int, element: int, backend: BackendName) -> float:
@@ -79,13 +87,13 @@ def _attention_bytes(shape: ModelShape, layout: Layout, widths: Widths, element:
     return float(layout.tokens * token)
 
 
-def _mlp_bytes(shape: ModelShape, layout: Layout, widths: Widths, element: int, backend: BackendName) -> float:
+def _mlp_bytes(shape: ModelShape, layout: Layout, widths: Widths, element: int, backend: BackendName, side: int) -> float:
     """The gate and up projections' output and what enters the down projection; torch keeps the factors of SwiGLU too."""
-    factors = 3 if backend == "te" else 5
+    inner = (2 if backend == "te" else 4) * element + side
     if shape.moe is None:
-        return float(layout.tokens * element * factors * widths.ffn)
+        return float(layout.tokens * inner * widths.ffn)
     # Router logits and probabilities in fp32; the copies of a token that its experts get, and their inner width.
-    routed = shape.moe.experts_per_token * element * (shape.hidden + factors * shape.moe.ffn)
+    routed = shape.moe.experts_per_token * (side * shape.hidden + inner * shape.moe.ffn)
     return float(layout.part_tokens * (2 * 4 * shape.moe.experts + routed))
 
 
@@ -144,7 +152,7 @@ def backward_workspace(shape: ModelShape, layout: Layout, element: int, backend:
         weight = 2 * shape.moe.ffn * shape.hidden
     again = 0.0
     if layout.recompute == "full":
-        again = layout.refined.together * _whole_layer(shape, layout, element, backend)
+        again = layout.refined.together * _whole_layer(shape, layout, element, backend, element)
     elif layout.again(shape).mlp:
-        again = _mlp_bytes(shape, layout, widths, element, backend)
+        again = _mlp_bytes(shape, layout, widths, element, backend, element)
     return again + element * (inner + 2 * layout.part_tokens * shape.hidden + weight)

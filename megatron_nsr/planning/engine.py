@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.hardware import GIB, Gpu
-from megatron_nsr.planning.parameters import model_elements
+from megatron_nsr.planning.parameters import layer_elements, model_elements
 
 # vLLM 0.32 takes 16,384 tokens a pass on GPUs of this size where it is not told otherwise (engine/arg_utils.py), 4,096 on a CPU.
 BATCHED_TOKENS = {"te": 16384, "cpu": 4096}
@@ -35,7 +35,7 @@ class EngineMemory:
 def engine_memory(config: Config, shape: ModelShape, gpu: Gpu, element: int) -> EngineMemory:
     """rollout.kv_cache_mib sets the cache; without it the cache is what gpu_memory_utilization leaves, which may be negative."""
     rollout, tensor = config.rollout, config.rollout.tensor_parallel
-    weights = model_elements(shape) * element / tensor
+    weights = engine_weights(shape, element, fp8=rollout.quantization == "fp8") / tensor
     workspace = _workspace(shape, rollout.max_num_seqs, tensor, element, BATCHED_TOKENS[gpu.backend])
     if gpu.backend == "te" and not rollout.enforce_eager:
         workspace += CUDA_GRAPHS
@@ -43,6 +43,12 @@ def engine_memory(config: Config, shape: ModelShape, gpu: Gpu, element: int) -> 
     if rollout.kv_cache_mib is not None:
         cache = float(rollout.kv_cache_mib << 20)
     return EngineMemory(weights, cache, workspace, cache_per_token(shape, tensor, element))
+
+
+def engine_weights(shape: ModelShape, element: int, *, fp8: bool) -> float:
+    """Bytes of all ranks of an engine; fp8 rounds the layers, not the embedding and the head."""
+    layers = layer_elements(shape, 1, 1).total * shape.num_layers
+    return float(model_elements(shape) * element - (layers * (element - 1) if fp8 else 0))
 
 
 def cache_per_token(shape: ModelShape, tensor: int, element: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.layout import Layout
 from megatron_nsr.planning.passes import Passes, step_passes
@@ -41,21 +43,37 @@ def mean_context(lengths: Lengths) -> float:
     return min(squared / lengths.sequence_mean, lengths.prompt_mean + lengths.cap) / 2
 
 
-def layer_work(shape: ModelShape, layout: Layout, passes: Passes, context: float) -> tuple[float, float]:
-    """Of one token in one layer, outside of a mixture's experts and in them. Backward is twice forward, and what is recomputed."""
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """Of one token in one layer: its linear layers but a mixture's experts, attention's scores, and the experts."""
+
+    linear: float
+    scores: float
+    experts: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.scores + self.experts
+
+
+def layer_work(shape: ModelShape, layout: Layout, passes: Passes, context: float) -> LayerWork:
+    """Backward is twice forward, and what is recomputed."""
     linear, experts, again = linear_products(shape), expert_products(shape), layout.again(shape)
     mlp = layer_products(shape) - linear - experts
 
     def times(share: float) -> float:
         return 1 + passes.backwards * (2 + share)
 
-    dense = times(again.linear) * linear + times(again.scores) * attention_products(shape, context) + times(again.mlp) * mlp
-    return dense, times(again.mlp) * experts
+    return LayerWork(
+        linear=times(again.linear) * linear + times(again.mlp) * mlp,
+        scores=times(again.scores) * attention_products(shape, context),
+        experts=times(again.mlp) * experts,
+    )
 
 
 def passes_flops(shape: ModelShape, layout: Layout, workload: Workload, passes: Passes) -> float:
     """Of all GPUs together. The head is for response tokens alone."""
-    layers = shape.num_layers * sum(layer_work(shape, layout, passes, mean_context(workload.lengths)))
+    layers = shape.num_layers * layer_work(shape, layout, passes, mean_context(workload.lengths)).total
     return workload.kept_tokens * (layers + passes.head * workload.response_share * head_products(shape))
 
 

@@ -24,7 +24,7 @@ ALL_REDUCE_LATENCY_S = 15e-6
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine over `tensor` GPUs. room: sequences that run at once."""
+    """One engine over `tensor` GPUs. room: sequences that run at once. fp8: weights and products of the layers' linear parts."""
 
     shape: ModelShape
     gpu: Gpu
@@ -32,11 +32,11 @@ class Engine:
     element: int
     room: int
     cache_per_token: float  # bytes on each GPU
+    fp8: bool = False
 
     def prefill_seconds(self, tokens: float, context: float) -> float:
         """Of prompts, each read once and shared by its samples."""
-        token = self.shape.num_layers * (layer_products(self.shape) + attention_products(self.shape, context))
-        return tokens * token / self.tensor / (self.gpu.flops * INFERENCE_MATMUL_SHARE)
+        return self._seconds(tokens * layer_products(self.shape), tokens * attention_products(self.shape, context), 0.0)
 
     def step_seconds(self, sequences: float, cached: float) -> float:
         """One token for each of `sequences`, with `cached` tokens' keys and values in their caches together."""
@@ -47,9 +47,15 @@ class Engine:
         return read / (self.gpu.memory_bandwidth * MEMORY_SHARE)
 
     def compute_seconds(self, sequences: float, cached: float) -> float:
-        token = self.shape.num_layers * layer_products(self.shape) + head_products(self.shape)
-        attention = self.shape.num_layers * attention_products(self.shape, cached)
-        return (sequences * token + attention) / self.tensor / (self.gpu.flops * INFERENCE_MATMUL_SHARE)
+        scores = attention_products(self.shape, cached)
+        return self._seconds(sequences * layer_products(self.shape), scores, sequences * head_products(self.shape))
+
+    def _seconds(self, linear: float, scores: float, head: float) -> float:
+        """linear, scores: operations of one layer. Only linear layers compute in FP8."""
+        rounded = self.shape.num_layers * linear
+        exact = self.shape.num_layers * scores + head
+        seconds = rounded / (self.gpu.fp8_flops if self.fp8 else self.gpu.flops) + exact / self.gpu.flops
+        return seconds / self.tensor / INFERENCE_MATMUL_SHARE
 
     def _fixed_seconds(self, sequences: float) -> float:
         if self.tensor == 1:
@@ -63,7 +69,8 @@ class Engine:
         touched = 1.0
         if self.shape.moe is not None:
             touched = 1 - (1 - self.shape.moe.experts_per_token / self.shape.moe.experts) ** sequences
-        return (self.shape.num_layers * (layer.dense + layer.experts * touched) + head) * self.element
+        layers = self.shape.num_layers * (layer.dense + layer.experts * touched)
+        return layers * (1 if self.fp8 else self.element) + head * self.element
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_nsr.config import Config
+from megatron_nsr.models.fp8 import Fp8, check_fp8
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.planning.recomputation import UNREFINED, Again, Recompute, Refinement, refinement_of
@@ -30,6 +31,8 @@ class Layout:
     recompute: Recompute = "none"
     refined: Refinement = UNREFINED
     longest: int | None = None
+    fp8: str | None = None
+    fp8_edge_layers: int = 0
 
     @property
     def data(self) -> int:
@@ -66,6 +69,11 @@ class Layout:
             return float(self.recompute == "full")
         return min(1.0, self.refined.block * self.pipeline * self.virtual_pipeline / shape.num_layers)
 
+    def fp8_share(self, shape: ModelShape) -> float:
+        """Of the first stage's layers, and of the last one's, those that compute in FP8."""
+        edges = self.fp8_edge_layers * (2 if self.pipeline == 1 else 1)
+        return 1 - edges * self.pipeline / shape.num_layers if self.fp8 else 0.0
+
     def recomputes(self, module: str) -> bool:
         return self.recompute == "selective" and module in self.refined.modules
 
@@ -82,6 +90,7 @@ class Layout:
         keys = [f"parallel.{name}={size}" for name, size in sizes if size > 1]
         keys += ["parallel.sequence=true"] if self.sequence else []
         keys += ["parallel.distributed_optimizer=true"] if self.distributed_optimizer else []
+        keys += [f"model.fp8={self.fp8}"] if self.fp8 else []
         return " ".join([*keys, f"training.recompute={self.recompute}", f"(data {self.data})"])
 
 
@@ -89,6 +98,8 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
     """The config's layout on `gpus` GPUs of the trainer. Raises UserError naming the first field that does not fit."""
     parallel = config.parallel
     validate_layout(parallel, shape, gpus)
+    if fp8 := Fp8.of(config.model):
+        check_fp8(fp8, shape, parallel, "te")
     layout = Layout(
         gpus=gpus,
         micro_batch_tokens=0,
@@ -102,6 +113,8 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
         recompute=config.training.recompute,
         refined=refinement_of(config),
         longest=longest_tokens(config, shape),
+        fp8=config.model.fp8,
+        fp8_edge_layers=config.model.fp8_edge_layers,
     )
     if layout.data < 1:
         raise UserError(

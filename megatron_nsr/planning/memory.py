@@ -14,7 +14,7 @@ from megatron_nsr.planning.activations import activation_bytes, workspace_bytes
 from megatron_nsr.planning.engine import EngineMemory, engine_memory
 from megatron_nsr.planning.hardware import GIB, Gpu
 from megatron_nsr.planning.layout import Layout, longest_tokens
-from megatron_nsr.planning.parameters import Elements, largest_tensor, model_elements, stage_elements
+from megatron_nsr.planning.parameters import Elements, fp8_elements, largest_tensor, model_elements, stage_elements
 from megatron_nsr.planning.passes import update_passes
 from megatron_nsr.planning.workload import Workload
 
@@ -85,6 +85,9 @@ def plan_stage(
         parts |= _states(
             "critic ", model_state(stage_elements(shape, layout, stage, critic=True), layout, element), config.training.offload
         )
+    if layout.fp8:  # each weight rounded, and its transpose, from the first micro-batch until they are freed with the gradients
+        copies, stay = (1 + workload.critic) * 2 * fp8_elements(shape, layout), float(config.training.offload == "none")
+        parts["weights in FP8"] = (copies, stay * copies, stay * copies)
     counted = update_passes(workload).per_schedule(workload, layout)
     chunk = config.training.head_chunk_tokens
     sign_norms = config.logging.sign_norms_every > 0 and config.objective.entropy_coefficient > 0 and config.objective.name != "supervised"

@@ -61,6 +61,12 @@ def stage_elements(shape: ModelShape, layout: Layout, stage: int, *, critic: boo
     return elements
 
 
+def fp8_elements(shape: ModelShape, layout: Layout) -> float:
+    """Weights of a rank's layers that compute in FP8, on the first or the last stage; norms and biases among them are few."""
+    layers = shape.num_layers / layout.pipeline * layout.fp8_share(shape)
+    return layers * layer_elements(shape, layout.tensor, layout.expert).total
+
+
 @lru_cache(maxsize=64)
 def model_elements(shape: ModelShape) -> int:
     """All parameters of the model, a tied head once."""

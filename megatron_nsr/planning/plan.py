@@ -59,6 +59,7 @@ class Plan:
 
 def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths, *, layout: Layout | None = None) -> Plan:
     """Raises UserError where the config's layout is none of this many GPUs. layout: in place of the config's."""
+    _check_precision(config, gpu)
     layout = layout or layout_of(config, shape, trainer_gpus(config, gpus))
     workload, element = workload_of(config, lengths), ELEMENT_BYTES[config.model.dtype]
     trainer = Trainer(shape, layout, workload, gpu, element)
@@ -81,6 +82,13 @@ def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: L
     )
 
 
+def _check_precision(config: Config, gpu: Gpu) -> None:
+    given = {"model.fp8": config.model.fp8, "rollout.quantization": config.rollout.quantization}
+    for key, value in given.items():
+        if value is not None and not gpu.fp8_flops:
+            raise UserError(f"{key}={value}: --gpu {gpu.name} has no FP8; leave it out, or plan for another GPU")
+
+
 def training_phases(config: Config, trainer: Trainer, memory: MemoryPlan) -> dict[str, Phase]:
     """All of a step but sampling, in their order: what a plan, the search of layouts and simulated steps count."""
     phases = trainer.phases()
@@ -96,7 +104,8 @@ def engine_of(config: Config, shape: ModelShape, gpu: Gpu, lengths: Lengths) -> 
     element = ELEMENT_BYTES[config.model.dtype]
     memory = engine_memory(config, shape, gpu, element)
     room = min(config.rollout.max_num_seqs, int(memory.cached_tokens / lengths.sequence_mean))
-    return Engine(shape, gpu, config.rollout.tensor_parallel, element, max(1, room), memory.cache_per_token)
+    fp8 = config.rollout.quantization == "fp8"
+    return Engine(shape, gpu, config.rollout.tensor_parallel, element, max(1, room), memory.cache_per_token, fp8)
 
 
 def rollout_phase(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, workload: Workload) -> Phase:

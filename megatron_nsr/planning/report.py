@@ -115,7 +115,7 @@ def _time(plan: Plan) -> Table:
         work = number(flops[name] / 1e15) if flops.get(name) else ""
         table.add_row(name, number(phase.seconds), f"{phase.bound} ({phase.spent[phase.bound] / phase.seconds:.0%})", work)
     table.add_section()
-    table.add_row("step", number(plan.step_seconds), f"update: {plan.utilization:.0%} of peak", "")
+    table.add_row("step", number(plan.step_seconds), f"update: {plan.utilization:.0%} of {'bf16 ' if plan.layout.fp8 else ''}peak", "")
     return table
 
 

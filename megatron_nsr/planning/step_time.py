@@ -11,8 +11,18 @@ from functools import reduce
 
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning import communication
-from megatron_nsr.planning.flops import head_products, layer_work, mean_context
-from megatron_nsr.planning.hardware import EXPERT_MATMUL_SHARE, HOST_SHARE, MATMUL_SHARE, MEMORY_SHARE, NETWORK_SHARE, Gpu, bandwidth
+from megatron_nsr.planning.flops import LayerWork, head_products, layer_work, mean_context
+from megatron_nsr.planning.hardware import (
+    EXPERT_FP8_MATMUL_SHARE,
+    EXPERT_MATMUL_SHARE,
+    FP8_MATMUL_SHARE,
+    HOST_SHARE,
+    MATMUL_SHARE,
+    MEMORY_SHARE,
+    NETWORK_SHARE,
+    Gpu,
+    bandwidth,
+)
 from megatron_nsr.planning.layout import Layout
 from megatron_nsr.planning.memory import model_state
 from megatron_nsr.planning.parameters import Elements, model_elements, stage_elements
@@ -45,6 +55,16 @@ class Phase:
 
 
 NOTHING = Phase({})
+
+
+def layer_seconds(work: LayerWork, gpu: Gpu, fp8: float) -> float:
+    """Of one token in one layer on one GPU. fp8: the share of the layers whose linear layers compute in FP8."""
+
+    def seconds(products: float, share: float, fp8_share: float) -> float:
+        return products * ((1 - fp8) / (share * gpu.flops) + (fp8 / (fp8_share * gpu.fp8_flops) if fp8 else 0.0))
+
+    linear = seconds(work.linear, MATMUL_SHARE, FP8_MATMUL_SHARE)
+    return linear + work.scores / (MATMUL_SHARE * gpu.flops) + seconds(work.experts, EXPERT_MATMUL_SHARE, EXPERT_FP8_MATMUL_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +125,13 @@ class Trainer:
     def _stage(self, tokens: float, stage: int, passes: Passes) -> Phase:
         """One micro-batch of `tokens` tokens a rank on one stage."""
         shape, layout = self.shape, self.layout
-        dense, experts = layer_work(shape, layout, passes, mean_context(self.workload.lengths))
-        work = shape.num_layers / layout.pipeline * (dense / MATMUL_SHARE + experts / EXPERT_MATMUL_SHARE)
+        work = layer_work(shape, layout, passes, mean_context(self.workload.lengths))
+        seconds = shape.num_layers / layout.pipeline * layer_seconds(work, self.gpu, layout.fp8_share(shape))
         if stage == layout.pipeline - 1:
-            work += passes.head * self.workload.response_share * head_products(shape) / MATMUL_SHARE
+            seconds += passes.head * self.workload.response_share * head_products(shape) / MATMUL_SHARE / self.gpu.flops
         sent = communication.passes_bytes(shape, layout, passes, tokens, self.element)
         found = [
-            Phase({"compute": tokens * work / layout.tensor / self.gpu.flops}),
+            Phase({"compute": tokens * seconds / layout.tensor}),
             self._on_wire(layout.tensor, sent["tensor parallel"]),
             self._on_wire(layout.expert, sent["expert parallel"]),
             self._on_wire(layout.pipeline, sent["pipeline"], stride=layout.gpus // layout.pipeline),
