@@ -29,7 +29,7 @@ MOST_GPUS = 1024
 SERVING_SHARES = [0.25, 0.5, 0.75]  # of the GPUs, tried for engines of their own where the config has no servers
 DEDICATED_MEMORY = 0.9  # of a GPU, for an engine that has it alone
 STEPS = 3
-MODES = ("colocated", "disaggregated", "disaggregated, one step ahead")
+MODES = ("colocated", "disaggregated", "one step ahead")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def write_scaling_picture(path: Path, points: Sequence[Point]) -> None:
         if mine:
             x, y = [float(point.gpus) for point in mine], [point.efficiency for point in mine]
             lines.append(Line(mode, x, y, color_of(index), marker_of(index), dashed=index > 0))
-    figure = line_figure(lines, x_label="GPUs", y_label="tokens/s a GPU, over the smallest", x_scale="log2", size=(7.0, 4.2), zero=True)
+    figure = line_figure(lines, x_label="GPUs", y_label="tokens/s a GPU, over the first", x_scale="log2", size=(7.0, 4.2), zero=True)
     figure.axes[0].legend()
     write_png(figure, path)
 
