@@ -11,7 +11,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.planning.hardware import find_gpu
 from megatron_nsr.planning.plan import make_plan
 from megatron_nsr.planning.published_models import model_shape
-from megatron_nsr.planning.remedies import Asked, Remedies, find_remedies
+from megatron_nsr.planning.remedies import Asked, find_remedies
 from megatron_nsr.planning.report import as_values, render
 from megatron_nsr.planning.scaling import Point, point_values, render_scaling, scaling, write_scaling_picture
 from megatron_nsr.planning.search import best_layouts
@@ -42,7 +42,7 @@ def show_plan(
     lengths = lengths_of(config, prompt_mean=prompt_mean, response_mean=response_mean, response_spread=response_spread)
     plan = make_plan(config, shape, gpus, device, lengths)
     suggestions = best_layouts(config, shape, gpus, device, lengths)
-    remedies = Remedies() if plan.fits else find_remedies(Asked(config, shape, gpus, device, lengths))
+    remedies = None if plan.fits else find_remedies(Asked(config, shape, gpus, device, lengths))
     points: list[Point] = scaling(config, shape, gpus, device, lengths) if simulate else []
     if plot is not None:
         write_scaling_picture(plot, points)

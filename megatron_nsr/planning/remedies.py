@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,10 +25,14 @@ MOST_TIMES = 64  # the GPUs that were asked for
 
 @dataclass(frozen=True, slots=True)
 class Remedies:
-    """keys: the changes that do together, without one of which it would not fit; none: these do not help. gpus: that would be enough."""
+    """keys: changes that do together, without one of which it would not fit. more_gpus: that are enough with more_gpus_keys.
 
-    keys: tuple[str, ...] = ()
-    gpus: int | None = None
+    None: there are none. Where keys help, more_gpus are those on which the config fits as it is.
+    """
+
+    keys: tuple[str, ...] | None
+    more_gpus: int | None
+    more_gpus_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +61,21 @@ class Asked:
             config = Config.model_validate(values)
         except ValidationError:
             return None
-        return Asked(config, self.shape, self.gpus, self.gpu, self.lengths)
+        return replace(self, config=config)
 
 
 def find_remedies(asked: Asked) -> Remedies:
     """Of a config that does not fit."""
-    return Remedies(tuple(f"{key}={_written(value)}" for key, value in _keys(asked).items()), _enough_gpus(asked))
+    keys = _keys(asked)
+    for doubling in range(1, MOST_TIMES.bit_length()):
+        more = replace(asked, gpus=asked.gpus << doubling)
+        others = {} if _fits(more, {}) else _keys(more) if keys is None else None
+        if others is not None:
+            return Remedies(_written(keys), more.gpus, _written(others) or ())
+    return Remedies(_written(keys), None, ())
 
 
-def _keys(asked: Asked) -> dict[str, Any]:
+def _keys(asked: Asked) -> dict[str, Any] | None:
     """What costs no time first, then the engine's memory, then the rest, until it fits; what was not needed is given up again."""
     taken: dict[str, Any] = {}
     for savers in _savers(asked):
@@ -77,7 +87,7 @@ def _keys(asked: Asked) -> dict[str, Any]:
         fewer = {name: value for name, value in taken.items() if name != key}
         if _fits(asked, fewer):
             taken = fewer
-    return taken if _fits(asked, taken) else {}
+    return taken if _fits(asked, taken) else None
 
 
 def _savers(asked: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,17 +121,6 @@ def _resized(asked: Asked, taken: Mapping[str, Any]) -> dict[str, Any]:
     return changed if _fits(asked, {**taken, **changed}) else {}
 
 
-def _enough_gpus(asked: Asked) -> int | None:
-    """The first multiple by a power of two on which the layout fits, with more data-parallel ranks."""
-    gpus = 2 * asked.gpus
-    while gpus <= MOST_TIMES * asked.gpus:
-        more = Asked(asked.config, asked.shape, gpus, asked.gpu, asked.lengths)
-        if _fits(more, {}):
-            return gpus
-        gpus *= 2
-    return None
-
-
 def _memory(asked: Asked, keys: Mapping[str, Any]) -> MemoryPlan | None:
     changed = asked.with_keys(keys)
     try:
@@ -135,5 +134,8 @@ def _fits(asked: Asked, keys: Mapping[str, Any]) -> bool:
     return memory is not None and memory.problem is None
 
 
-def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _written(keys: Mapping[str, Any] | None) -> tuple[str, ...] | None:
+    """As they are given after a config's name."""
+    if keys is None:
+        return None
+    return tuple(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE
@@ -19,7 +20,11 @@ from megatron_nsr.planning.remedies import Remedies
 from megatron_nsr.planning.search import Candidate, overrides
 from megatron_nsr.planning.workload import micro_batches
 
-GB, TERA = 1e9, 1e12
+MEMORY = ((GIB, "GiB"), (1 << 20, "MiB"))
+OPERATIONS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+BYTES = ((1e9, "GB"), (1e6, "MB"))
+COUNT = ((1e9, "billion"), (1e6, "million"))
+WORTH = {"GiB": 4.0}  # of the largest value in this unit, where 1 would leave the others too few digits
 
 
 def verdict(plan: Plan) -> str:
@@ -27,15 +32,15 @@ def verdict(plan: Plan) -> str:
     memory = plan.memory
     if memory.problem is not None:
         return memory.problem
-    return f"fits: {memory.peak / GIB:.1f} of {memory.capacity / GIB:.0f} GiB on a GPU"
+    return f"fits: {memory.peak / GIB:.1f} of {memory.capacity / GIB:.0f} GiB {'on a GPU' if plan.gpu.backend == 'te' else 'in a process'}"
 
 
-def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) -> RenderableType:
+def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | None) -> RenderableType:
     """The whole plan."""
-    lengths = plan.workload.lengths
+    lengths, elements = plan.workload.lengths, model_elements(plan.shape)
+    size, name = unit(COUNT, [elements])
     lines = [
-        f"{plan.config.model.path}: {model_elements(plan.shape) / GB:.2f} billion parameters on {plan.gpus} x {plan.gpu.name}; "
-        f"{plan.layout.describe()}",
+        f"{plan.config.model.path}: {elements / size:.2f} {name} parameters on {plan.gpus} x {plan.gpu.name}; {plan.layout.describe()}",
         f"assumed: prompts of {lengths.prompt_mean:.0f} tokens, responses of {lengths.response_mean:.0f} on average "
         f"(spread {lengths.response_spread:g} of it, at most {lengths.cap}), {plan.workload.kept:.0%} of them trained on",
         verdict(plan),
@@ -46,7 +51,7 @@ def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) -> 
     return Group(*(Text(line) for line in lines), *tables, _suggestions(plan, suggestions))
 
 
-def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) -> dict[str, Any]:
+def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | None) -> dict[str, Any]:
     """Sizes in bytes, times in seconds."""
     lengths, memory = plan.workload.lengths, plan.memory
     return {
@@ -80,8 +85,7 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) 
         "update_utilization": plan.utilization,
         "communication_bytes": dict(plan.communication),
         "flops": dict(plan.flops),
-        "would_fit_with": list(remedies.keys),
-        "would_fit_on_gpus": remedies.gpus,
+        "remedies": None if remedies is None else asdict(remedies),
         "suggestions": [
             {
                 "layout": one.layout.describe(),
@@ -97,22 +101,24 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies) 
 def _memory(plan: Plan) -> Table:
     memory = plan.memory
     stage = f", pipeline stage {memory.stage}" if plan.layout.pipeline > 1 else ""
-    table = _table(f"memory of one GPU, GiB{stage}", "part", *MOMENTS)
+    scale, measure = unit(MEMORY, [memory.peak])
+    table = _table(f"memory of one {'GPU' if plan.gpu.backend == 'te' else 'process'}, {measure}{stage}", "part", *MOMENTS)
     for name, sizes in memory.parts.items():
-        table.add_row(name, *(f"{size / GIB:,.2f}" for size in sizes))
+        table.add_row(name, *(f"{size / scale:,.2f}" for size in sizes))
     table.add_section()
-    table.add_row(f"in all, of {memory.capacity / GIB:,.0f}", *(f"{memory.total(moment) / GIB:,.2f}" for moment in range(len(MOMENTS))))
+    table.add_row(f"in all, of {memory.capacity / scale:,.0f}", *(f"{memory.total(moment) / scale:,.2f}" for moment in range(len(MOMENTS))))
     if memory.host:
-        table.add_row("in host memory", *len(MOMENTS) * (f"{memory.host / GIB:,.2f}",))
+        table.add_row("in host memory", *len(MOMENTS) * (f"{memory.host / scale:,.2f}",))
     return table
 
 
 def _time(plan: Plan) -> Table:
-    table = _table("one step", "phase", "seconds", "bound by", "PFLOP, all GPUs")
+    scale, measure = unit(OPERATIONS, plan.flops.values())
+    table = _table("one step", "phase", "seconds", "bound by", f"{measure}, all together")
     flops = dict(plan.flops)
     flops["rollout"] = flops.pop("prefill", 0.0) + flops.pop("decode", 0.0)
     for name, phase in plan.phases.items():
-        work = number(flops[name] / 1e15) if flops.get(name) else ""
+        work = number(flops[name] / scale) if flops.get(name) else ""
         table.add_row(name, number(phase.seconds), f"{phase.bound} ({phase.spent[phase.bound] / phase.seconds:.0%})", work)
     table.add_section()
     table.add_row("step", number(plan.step_seconds), f"update: {plan.utilization:.0%} of {'bf16 ' if plan.layout.fp8 else ''}peak", "")
@@ -120,15 +126,16 @@ def _time(plan: Plan) -> Table:
 
 
 def _communication(plan: Plan) -> Table:
-    table = _table("sent by one GPU in a step", "group", "GB")
+    scale, measure = unit(BYTES, plan.communication.values())
+    table = _table("sent by one rank in a step", "group", measure)
     for name, size in plan.communication.items():
-        table.add_row(name, number(size / GB))
+        table.add_row(name, number(size / scale))
     return table
 
 
 def _suggestions(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
     if not suggestions:
-        return Text(f"no layout of the trainer's {plan.layout.gpus} GPUs fits with the other keys as they are")
+        return Text(f"no layout of the trainer's {plan.layout.gpus} x {plan.gpu.name} fits with the other keys as they are")
     table = _table("the fastest layouts that fit", "keys to change", "data parallel", "seconds without sampling", "GiB")
     own = sum(phase.seconds for name, phase in plan.phases.items() if name != "rollout")
     rows = [("(this config)" if plan.fits else "(this config, which does not fit)", plan.layout, own, plan.memory)]
@@ -139,9 +146,20 @@ def _suggestions(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType
     return table
 
 
-def _advice(remedies: Remedies) -> list[str]:
+def _advice(remedies: Remedies | None) -> list[str]:
+    if remedies is None:
+        return []
     lines = [f"it would fit with: {' '.join(remedies.keys)}"] if remedies.keys else []
-    return lines + ([f"it would fit on {remedies.gpus:,} GPUs"] if remedies.gpus else [])
+    if remedies.more_gpus:
+        how = f"with: {' '.join(remedies.more_gpus_keys)}" if remedies.more_gpus_keys else "as it is"
+        lines.append(f"it would fit on {remedies.more_gpus:,} GPUs {how}")
+    return lines or ["neither keys that save memory nor more GPUs make it fit with this layout"]
+
+
+def unit(units: Sequence[tuple[float, str]], values: Iterable[float]) -> tuple[float, str]:
+    """Of units from large to small the first of which the largest value has enough, or the last."""
+    most = max(values, default=0.0)
+    return next((one for one in units if most >= one[0] * WORTH.get(one[1], 1.0)), units[-1])
 
 
 def number(value: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from examples.quickstart.prepare import MODEL
 from megatron_nsr.config_files import load_config
 from megatron_nsr.planning.command import show_plan
 from megatron_nsr.planning.report import number
@@ -28,11 +29,12 @@ SCALE = Path(__file__).parents[3] / "configs" / "scale"
         ),
         ("qwen2.5_7b_1x8", 8, "h200", ["rollout.gpu_memory_utilization=0.12"], ["rollout.gpu_memory_utilization=0.14"]),
         ("qwen2.5_7b_1x8", 8, "h200", ["rollout.kv_cache_mib=100"], ["rollout.kv_cache_mib=448"]),
-        ("qwen2.5_72b_8x8", 8, "h200", [], []),
+        ("qwen2.5_72b_8x8", 8, "h200", [], None),  # on 16 GPUs with recomputation
+        ("qwen2.5_7b_1x8", 2, "h100", ["rollout.sleep_level=0", "objective.name=ppo"], None),
     ],
 )
 def test_what_would_make_a_config_fit_does(
-    file: str, gpus: int, gpu: str, changes: list[str], keys: list[str], capsys: pytest.CaptureFixture[str]
+    file: str, gpus: int, gpu: str, changes: list[str], keys: list[str] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def plan(*more: str, on: int = gpus) -> dict[str, Any]:
         show_plan(load_config(SCALE / f"{file}.yaml", [*changes, *more]), gpus=on, gpu=gpu, as_json=True)
@@ -40,13 +42,14 @@ def test_what_would_make_a_config_fit_does(
         return found
 
     bad = plan()
-    assert not bad["fits"] and bad["would_fit_with"] == keys
+    remedies = bad["remedies"]
+    assert not bad["fits"] and remedies["keys"] == keys
     if keys:
         assert plan(*keys)["fits"]
         for index in range(len(keys)):  # each of them is needed
             assert not plan(*keys[:index], *keys[index + 1 :])["fits"]
-    if (more := bad["would_fit_on_gpus"]) is not None:
-        assert plan(on=more)["fits"] and not plan(on=more // 2)["fits"]
+    if (more := remedies["more_gpus"]) is not None:
+        assert plan(*remedies["more_gpus_keys"], on=more)["fits"] and not plan(*remedies["more_gpus_keys"], on=more // 2)["fits"]
     for one in bad["suggestions"]:
         good = plan(*one["overrides"])
         assert good["fits"] and good["layout"] == one["layout"] and good["memory"]["peak"] == one["peak"]
@@ -81,6 +84,14 @@ def test_a_reader_is_told_what_does_not_fit_what_would_and_what_was_left_out(cap
     assert "it would fit with: training.offload=all training.recompute=full\n" in printed
     assert "not in these numbers: logging.probe_every=5\n" in printed
     assert "(this config, which does not fit)" in printed and "e+0" not in printed
+
+
+def test_a_small_model_on_a_laptop_is_planned_in_units_of_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 64}))
+    assert show_plan(load_config(SCALE.parent / "quickstart.yaml", [f"model.path={tmp_path}"]), gpus=2, gpu="cpu")
+    printed = capsys.readouterr().out
+    assert "million parameters" in printed and "memory of one process, MiB" in printed and "GFLOP" in printed and "MB" in printed
+    assert "GPU" not in printed and "e-0" not in printed
 
 
 @pytest.mark.parametrize(
