@@ -130,8 +130,11 @@ class Trainer:
         if stage == layout.pipeline - 1:
             seconds += passes.head * self.workload.response_share * head_products(shape) / MATMUL_SHARE / self.gpu.flops
         sent = communication.passes_bytes(shape, layout, passes, tokens, self.element)
+        ring = self._on_wire(layout.context, sent["context parallel"], stride=layout.tensor)
+        hidden = tokens * shape.num_layers / layout.pipeline * work.scores / (MATMUL_SHARE * self.gpu.flops) / layout.tensor
         found = [
             Phase({"compute": tokens * seconds / layout.tensor}),
+            ring.times(max(0.0, 1 - hidden / ring.seconds)) if ring.seconds else NOTHING,  # keys and values travel while scores are formed
             self._on_wire(layout.tensor, sent["tensor parallel"]),
             self._on_wire(layout.expert, sent["expert parallel"]),
             self._on_wire(layout.pipeline, sent["pipeline"], stride=layout.gpus // layout.pipeline),

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from megatron_nsr.config_files import load_config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.command import show_plan
+from megatron_nsr.planning.communication import gradient_bytes, parameter_bytes
 from megatron_nsr.planning.flops import head_products
 from megatron_nsr.planning.generation import Engine, draw_lengths, generate, generate_on
-from megatron_nsr.planning.hardware import GPUS
+from megatron_nsr.planning.hardware import GPUS, bandwidth
 from megatron_nsr.planning.layout import Layout
+from megatron_nsr.planning.parameters import stage_elements
+from megatron_nsr.planning.passes import update_passes
 from megatron_nsr.planning.plan import Plan, make_plan
 from megatron_nsr.planning.published_models import PUBLISHED
 from megatron_nsr.planning.scaling import MODES, STEPS, scaling
@@ -149,6 +152,20 @@ def test_more_samples_and_more_recomputing_take_longer(tensor: int, pipeline: in
     assert replace(trainer, layout=replace(layout, recompute="full")).seconds >= trainer.seconds
     assert replace(trainer, gpu=replace(GPUS["h200"], flops=2e15)).seconds < trainer.seconds
     assert all(phase.seconds == pytest.approx(sum(phase.spent.values())) for phase in trainer.phases().values())
+
+
+def test_context_parallel_traffic_costs_what_attention_does_not_hide() -> None:
+    layout = Layout(32, 8192, tensor=8, context=4, sequence=True)  # the ring goes from node to node
+    shape = replace(SEVEN, query_groups=32, heads=32)
+
+    def network(tokens: int) -> float:
+        work = replace(WORK, prompts=2**22 // tokens, samples=1, mini_batches=1, lengths=Lengths(1, tokens - 1, 0.0, tokens - 1))
+        return Trainer(shape, layout, work, GPUS["h200"], 2).over(update_passes(work)).spent["network"]
+
+    elements = stage_elements(shape, layout, 0)
+    reduced = gradient_bytes(layout, elements) + parameter_bytes(layout, elements, 2)
+    rest = reduced / bandwidth(GPUS["h200"], layout.replicas, stride=8)  # once an update, whatever the sequences
+    assert network(131072) == pytest.approx(rest) and network(512) > 1.5 * rest
 
 
 def overlapping(timeline: Timeline, group: str) -> bool:
