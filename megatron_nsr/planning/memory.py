@@ -40,7 +40,7 @@ class MemoryPlan:
     stage: int
     parts: Mapping[str, Sizes]
     capacity: float
-    engine: EngineMemory | None  # None: rollouts are on other GPUs, or there are none
+    engine: EngineMemory | None  # beside the policy, or alone on a server's GPUs; None: nothing is sampled
     host: float  # bytes of one rank in host memory
     problem: str | None
 
@@ -66,10 +66,8 @@ def model_state(elements: Elements, layout: Layout, element: int) -> ModelState:
 
 def plan_memory(config: Config, shape: ModelShape, layout: Layout, workload: Workload, gpu: Gpu) -> MemoryPlan:
     """Of the pipeline stage that needs most: the first keeps most micro-batches, the last has the head."""
-    engine = None
     samples = config.objective.name != "supervised" or any(config.evaluation.benchmarks.values())
-    if config.rollout.mode == "colocated" and samples:
-        engine = engine_memory(config, shape, gpu, ELEMENT_BYTES[config.model.dtype])
+    engine = engine_memory(config, shape, gpu, ELEMENT_BYTES[config.model.dtype]) if samples else None
     stages = sorted({0, layout.pipeline - 1})
     plans = [plan_stage(config, shape, layout, workload, gpu, engine, stage) for stage in stages]
     return max(plans, key=lambda plan: plan.peak)
@@ -99,7 +97,7 @@ def plan_stage(
     parts["head and backward workspace"] = (work, 0.0, 0.0)
     batch = BATCH_TOKEN_BYTES * workload.kept_tokens / layout.data
     parts["packed batch"] = (batch, batch, 0.0)
-    if engine is not None:
+    if engine is not None and config.rollout.mode == "colocated":
         parts |= _engine_parts(engine, asleep=config.rollout.sleep_level > 0)
     parts["push buckets"] = (0.0, push_bytes(config, shape, layout, element), 0.0)
     parts["CUDA, NCCL, allocator" if gpu.backend == "te" else "the process itself"] = (gpu.reserved_bytes,) * 3
@@ -165,8 +163,9 @@ def _problem(plan: MemoryPlan, config: Config, shape: ModelShape, layout: Layout
     if engine is not None and engine.cached_tokens < longest:
         short = (longest * engine.cache_per_token - engine.cache) / GIB
         where = "rollout.gpu_memory_utilization" if config.rollout.kv_cache_mib is None else "rollout.kv_cache_mib"
+        whose = "the KV cache of a server's GPU" if config.rollout.mode == "server" else "the KV cache"
         return (
-            f"does not fit: {short:.1f} GiB over what {where} leaves the KV cache, because one sequence of {longest} tokens takes "
+            f"does not fit: {short:.1f} GiB over what {where} leaves {whose}, because one sequence of {longest} tokens takes "
             f"{longest * engine.cache_per_token / GIB:.1f} GiB beside the engine's weights, {engine.weights / GIB:.1f} GiB"
         )
     return None

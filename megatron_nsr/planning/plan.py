@@ -113,6 +113,8 @@ def rollout_phase(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, worklo
     serving = gpus if config.rollout.mode == "colocated" else gpus - trainer_gpus(config, gpus)
     if serving % config.rollout.tensor_parallel:
         raise UserError(f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the {serving} GPUs that sample")
+    if shape.heads % config.rollout.tensor_parallel:
+        raise UserError(f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide num_attention_heads={shape.heads}")
     engine = engine_of(config, shape, gpu, workload.lengths)
     engines = serving // engine.tensor
     done = generate_on(engine, engines, workload.prompts, workload.samples, workload.lengths, (config.run.seed, 1))

@@ -16,7 +16,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.hardware import Gpu
 from megatron_nsr.planning.layout import Layout, layout_of, longest_tokens, trainer_gpus
-from megatron_nsr.planning.memory import MOMENTS, MemoryPlan, plan_memory
+from megatron_nsr.planning.memory import MemoryPlan, plan_memory
 from megatron_nsr.planning.workload import Lengths, workload_of
 from megatron_nsr.types import UserError
 
@@ -105,11 +105,11 @@ def _savers(asked: Asked) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _resized(asked: Asked, taken: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's share of memory that does fit beside the policy and holds one sequence; empty where none does, or none is needed."""
+    """A share of memory for the engine, or GPUs to spread it over, with which all fits; empty where none does, or none is needed."""
     memory = _memory(asked, taken)
     if memory is None or memory.problem is None or memory.engine is None:
         return {}
-    over = max(memory.total(moment) - memory.capacity for moment in range(len(MOMENTS)))
+    over = memory.peak - memory.capacity
     short = longest_tokens(asked.config, asked.shape) * memory.engine.cache_per_token - memory.engine.cache
     change = -over if over > 0 else max(0.0, short)
     rounded = math.ceil if change > 0 else math.floor
@@ -118,7 +118,16 @@ def _resized(asked: Asked, taken: Mapping[str, Any]) -> dict[str, Any]:
     else:
         share = asked.config.rollout.gpu_memory_utilization + change / memory.capacity
         changed = {"rollout.gpu_memory_utilization": rounded(100 * share) / 100}
-    return changed if _fits(asked, {**taken, **changed}) else {}
+    spread = [{"rollout.tensor_parallel": size} for size in _engine_sizes(asked)]
+    return next((keys for keys in [changed, *spread] if _fits(asked, {**taken, **keys})), {})
+
+
+def _engine_sizes(asked: Asked) -> list[int]:
+    """GPUs of an engine in the training processes, above what the config asks for."""
+    least = asked.config.rollout.tensor_parallel
+    sizes = (least << doubling for doubling in range(1, asked.gpu.per_node.bit_length()))
+    alone = asked.config.rollout.mode == "server"  # there it would be the number of servers that changes
+    return [] if alone else [n for n in sizes if n <= asked.gpu.per_node and asked.gpus % n == 0 and asked.shape.heads % n == 0]
 
 
 def _memory(asked: Asked, keys: Mapping[str, Any]) -> MemoryPlan | None:

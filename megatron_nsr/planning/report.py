@@ -47,7 +47,7 @@ def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | No
         *_advice(remedies),
         *([f"not in these numbers: {', '.join(left_out)}"] if (left_out := unplanned(plan.config)) else []),
     ]
-    tables = [_memory(plan), _time(plan), _communication(plan)]
+    tables = [_memory(plan), *_server(plan), _time(plan), _communication(plan)]
     return Group(*(Text(line) for line in lines), *tables, _suggestions(plan, suggestions))
 
 
@@ -75,6 +75,7 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies |
             "host": memory.host,
             "stage": memory.stage,
             "parts": {name: dict(zip(MOMENTS, sizes, strict=True)) for name, sizes in memory.parts.items()},
+            "engine": None if memory.engine is None else asdict(memory.engine),
             "cached_tokens": memory.engine.cached_tokens if memory.engine else None,
         },
         "micro_batches": micro_batches(plan.workload, plan.layout),
@@ -110,6 +111,20 @@ def _memory(plan: Plan) -> Table:
     if memory.host:
         table.add_row("in host memory", *len(MOMENTS) * (f"{memory.host / scale:,.2f}",))
     return table
+
+
+def _server(plan: Plan) -> list[Table]:
+    """Of GPUs that only sample."""
+    engine = plan.memory.engine
+    if engine is None or plan.config.rollout.mode == "colocated":
+        return []
+    scale, measure = unit(MEMORY, [engine.total])
+    table = _table(f"a server's GPU, {measure}", "part", "sampling")
+    for name, size in (("weights", engine.weights), ("KV cache", engine.cache), ("workspace", engine.workspace)):
+        table.add_row(name, f"{size / scale:,.2f}")
+    table.add_section()
+    table.add_row(f"in all, of {plan.memory.capacity / scale:,.0f}", f"{engine.total / scale:,.2f}")
+    return [table]
 
 
 def _time(plan: Plan) -> Table:

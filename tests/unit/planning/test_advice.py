@@ -12,6 +12,7 @@ from examples.quickstart.prepare import MODEL
 from megatron_nsr.config_files import load_config
 from megatron_nsr.planning.command import show_plan
 from megatron_nsr.planning.report import number
+from megatron_nsr.types import UserError
 
 SCALE = Path(__file__).parents[3] / "configs" / "scale"
 
@@ -29,6 +30,8 @@ SCALE = Path(__file__).parents[3] / "configs" / "scale"
         ),
         ("qwen2.5_7b_1x8", 8, "h200", ["rollout.gpu_memory_utilization=0.12"], ["rollout.gpu_memory_utilization=0.14"]),
         ("qwen2.5_7b_1x8", 8, "h200", ["rollout.kv_cache_mib=100"], ["rollout.kv_cache_mib=448"]),
+        ("qwen2.5_72b_8x8", 64, "h200", ["rollout.tensor_parallel=1"], ["rollout.tensor_parallel=2"]),
+        ("llama3.1_405b_64x8", 512, "h200", ["rollout.gpu_memory_utilization=0.7"], ["rollout.gpu_memory_utilization=0.71"]),
         ("qwen2.5_72b_8x8", 8, "h200", [], None),  # on 16 GPUs with recomputation
         ("qwen2.5_7b_1x8", 2, "h100", ["rollout.sleep_level=0", "objective.name=ppo"], None),
     ],
@@ -53,6 +56,11 @@ def test_what_would_make_a_config_fit_does(
     for one in bad["suggestions"]:
         good = plan(*one["overrides"])
         assert good["fits"] and good["layout"] == one["layout"] and good["memory"]["peak"] == one["peak"]
+
+
+def test_an_engine_that_does_not_divide_the_heads_is_refused() -> None:
+    with pytest.raises(UserError, match=r"rollout\.tensor_parallel=8 does not divide num_attention_heads=28"):
+        show_plan(load_config(SCALE / "qwen2.5_7b_1x8.yaml", ["rollout.tensor_parallel=8"]), gpus=8, gpu="h200")
 
 
 @pytest.mark.parametrize(("file", "gpus"), [("qwen3_235b_a22b_16x8", 128), ("qwen2.5_72b_8x8", 64)])

@@ -207,7 +207,11 @@ def test_servers_have_gpus_of_their_own() -> None:
     assert trainer_gpus(config, 8) == 4
     with pytest.raises(UserError, match=r"--gpus 4: rollout\.servers and rollout\.tensor_parallel take 4 of them"):
         trainer_gpus(config, 4)
-    assert memory_of(config, SEVEN, 4).engine is None
+    found = memory_of(config, SEVEN, 4)
+    assert not any(name.startswith("engine") for name in found.parts) and found.engine.cached_tokens > 0
+    fitting = {"parallel": {"distributed_optimizer": True}, "training": {"recompute": "full"}}
+    small = memory_of(config_of(rollout=servers | {"gpu_memory_utilization": 0.06}, **fitting), SEVEN, 4)
+    assert "over what rollout.gpu_memory_utilization leaves the KV cache of a server's GPU, because" in small.problem
 
 
 def test_ppo_holds_a_second_model_and_a_kl_term_the_reference_on_the_host() -> None:
