@@ -106,7 +106,7 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Restores weights, optimizer and generators; returns what `save` was given as `run_state`, with the step and `ahead`.
 
-        On another number of ranks the generators start afresh: nothing that trains draws from them.
+        On another number of ranks, and on the other kind of device, the generators start afresh: nothing that trains draws from them.
         """
         description = read_description(path, RESUME_REMEDY)
         load_state(path / "state", wrapped, optimizer, backend)
@@ -186,6 +186,9 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Does nothing with the states of the other kind of device: megatron-core's are of the CUDA generator, or here of the CPU's."""
+    if (state["cuda"] is not None) != torch.cuda.is_available():
+        return
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

@@ -147,6 +147,15 @@ def test_a_loss_that_is_no_number_stops_the_run(model: Path) -> None:
         actor.update(replace(prepared, mini_batches=((*[spoiled], *rest), *prepared.mini_batches[1:])), 1e-2)
 
 
+def test_the_schedule_leaves_the_outputs_as_the_head_returned_them(model: Path) -> None:
+    """megatron-core divides the loss that it is given, in place, and between pipeline stages on GPUs it frees the loss's memory."""
+    actor = actor_of(model)
+    outputs = actor._forward_backward(actor.pack(SAMPLES))
+    assert len(outputs) > 1
+    for output in outputs:
+        assert output.loss.item() == pytest.approx(len(outputs) * output.token_loss.sum().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [

@@ -19,7 +19,7 @@ from megatron_nsr.objectives.mini_batches import StepBatch
 from megatron_nsr.platform import distributed
 from megatron_nsr.training.actor import Actor
 from megatron_nsr.training.checkpoint_files import read_description
-from megatron_nsr.training.checkpoints import Checkpoints, _with_extra_state, _without_extra_state
+from megatron_nsr.training.checkpoints import Checkpoints, _with_extra_state, _without_extra_state, rng_state, set_rng_state
 from megatron_nsr.training.setup import build_actor
 from megatron_nsr.types import Trajectory, UserError, WeightedSample
 from tests.tiny_models import write_tiny_model
@@ -186,6 +186,18 @@ def test_scales_of_fp8_are_neither_written_nor_lost() -> None:
     assert _without_extra_state({**weights, "fc1._extra_state": "others", "fc1._extra_state1": "an expert's"}) == weights
     layer.load_state_dict(_with_extra_state(weights, layer))
     assert layer["fc1"].scales == "its own" and torch.equal(layer["fc1"].weight, torch.ones(2, 2))
+
+
+def test_generators_of_a_run_on_gpus_are_left_alone(trained: Actor) -> None:
+    torch.manual_seed(5)
+    state = rng_state() | {
+        "cuda": torch.zeros(16, dtype=torch.uint8),
+        "megatron": {"model-parallel-rng": torch.zeros(16, dtype=torch.uint8)},
+    }
+    torch.manual_seed(6)
+    before = rng_state()
+    set_rng_state(state)
+    assert torch.equal(rng_state()["torch"], before["torch"]) and rng_state()["megatron"].keys() == before["megatron"].keys()
 
 
 def test_a_save_that_cannot_write_leaves_the_older_checkpoint(model: Path, tmp_path: Path) -> None:
