@@ -91,5 +91,5 @@ def _forward_step(work: Iterator[Work], model: Any) -> tuple[Any, Callable[[Any]
     )
     tokens, positions = packing.mine(batch.tokens), packing.mine(batch.positions)
     output = model(tokens[None], positions[None], None, labels=labels, packed_seq_params=packing)
-    # A copy, as the schedule divides what it is given in place, and frees its memory where the backend lets it (deallocate_pipeline_outputs).
+    # A copy: the schedule divides what it is given in place, and frees its memory where the backend lets it (deallocate_pipeline_outputs).
     return output, lambda head: (head.loss.clone(), head)
