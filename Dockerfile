@@ -3,7 +3,7 @@
 #   docker build -t megatron-nsr .                      for H200s: CUDA, torch, Transformer Engine, NVIDIA's Apex, megatron-core, vLLM
 #   docker build -t megatron-nsr:cpu --target cpu .     for a laptop, a login node, tests
 # docs/containers.md says what of this has run. Defaults that are versions stand in versions.toml; tests/unit/test_dockerfile.py holds them equal.
-ARG CUDA_IMAGE=nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
+ARG CUDA_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04
 ARG CPU_IMAGE=debian:12.12-slim
 
 
@@ -56,9 +56,11 @@ ENV PATH=/opt/megatron-nsr/bin:$PATH
 WORKDIR /src
 COPY requirements requirements
 RUN pip install --no-cache-dir --no-deps -r requirements/cuda-py312.lock -r requirements/mlflow.lock
-# What follows is compiled: for H200s and H100s, capability 9.0.
+# What follows is compiled: for H200s and H100s, capability 9.0. cuDNN is torch's own, headers too: beside a second one of another version in
+# the base image Transformer Engine would load that, and its parts refuse each other.
 ARG MAX_JOBS=8
 ENV CUDA_HOME=/usr/local/cuda TORCH_CUDA_ARCH_LIST=9.0 NVTE_CUDA_ARCHS=90 NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS}
+ENV CPATH=/opt/megatron-nsr/lib/python3.12/site-packages/nvidia/cudnn/include
 ARG TRANSFORMER_ENGINE_VERSION=2.11.0
 RUN pip install --no-cache-dir --no-deps --no-build-isolation "transformer-engine-torch==${TRANSFORMER_ENGINE_VERSION}"
 # NVIDIA's Apex is on no registry (PyPI's package of that name is another project's). Without these two variables its setup.py leaves the

@@ -19,7 +19,7 @@ from megatron_nsr.rollout import api_server
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT, WorkerExtension
 from megatron_nsr.rollout.vllm_api import rounds_on_cpu, version_arguments
 from megatron_nsr.rollout.vllm_environment import prepare_environment
-from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, cpu_options, longest_sequence
+from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, config_overrides, cpu_options, longest_sequence
 from megatron_nsr.types import UserError
 
 
@@ -61,10 +61,9 @@ def server_arguments(config: Config, *, on_cpu: bool) -> list[str]:
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         "weight_transfer_config": {"backend": FILE_TRANSPORT if on_cpu else "nccl"},
         "uvicorn_log_level": "warning",  # no line for each request
+        "hf_overrides": config_overrides(untie=on_cpu and shape.tie_embeddings),
         **(cpu_options(longest) if on_cpu else {}),
     }
-    if on_cpu and shape.tie_embeddings:
-        options["hf_overrides"] = {"tie_word_embeddings": False}  # as in vllm_engine.py
     return [*_flags(options), *version_arguments(version)]
 
 

@@ -23,7 +23,7 @@ from megatron_nsr.rollout.pushed_weights import PushedWeights, checkpoint_names
 from megatron_nsr.rollout.vllm_api import read_completion, sampling_fields
 from megatron_nsr.rollout.vllm_environment import caller_state_kept, default_process_group_kept, prepare_environment, private_shared_memory
 from megatron_nsr.rollout.vllm_experts import repack_at_next_reload
-from megatron_nsr.rollout.vllm_options import check_head_size, cpu_options
+from megatron_nsr.rollout.vllm_options import check_head_size, config_overrides, cpu_options
 from megatron_nsr.types import UserError
 
 
@@ -77,7 +77,7 @@ class VllmEngine:
         # (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, 0.32.0): there the head is a tensor of its own
         self._copy_embedding = on_cpu and bool(config.tie_word_embeddings)
         options: dict[str, Any] = {
-            "hf_overrides": {"tie_word_embeddings": False} if self._copy_embedding else None,
+            "hf_overrides": config_overrides(untie=self._copy_embedding),
             "kv_cache_memory_bytes": kv_cache_mib * 2**20 if kv_cache_mib else None,
             "distributed_executor_backend": "external_launcher" if world_size > 1 else None,
             **(cpu_options(max_model_len) if on_cpu else {"enforce_eager": enforce_eager}),

@@ -44,6 +44,15 @@ def check_quantization(config: Config, *, experts: bool, on_cpu: bool) -> None:
         )
 
 
+def config_overrides(*, untie: bool) -> dict[str, Any]:
+    """What vLLM takes instead of what config.json says. untie: the head has weights of its own, whatever the model has.
+
+    Its logits are float32, as the trainer's are: log-probs of bfloat16 logits, of which one near 20 has a rounding error of 0.06, would be
+    those of another distribution. vLLM does the product of bfloat16 weights so at no cost on a GPU; nothing changes for a float32 model.
+    """
+    return {"head_dtype": "float32"} | ({"tie_word_embeddings": False} if untie else {})
+
+
 def check_head_size(head_dim: int) -> None:
     """Raises UserError where vLLM's attention on a CPU has no kernel for heads of that size; it would tell when it first samples.
 

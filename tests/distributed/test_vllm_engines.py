@@ -66,6 +66,10 @@ def test_a_verified_push_passes_with_one_kv_head_on_two_ranks_and_a_padded_vocab
     assert [messages["bytes"] for messages in seen["verified"]["messages"]] == 2 * [2 * [seen["verified"]["model_bytes"]]]
 
 
+def test_a_bfloat16_engine_forms_logits_in_float32(seen: Seen) -> None:
+    assert seen["verified"]["logits"] == "torch.float32"
+
+
 def test_one_wrong_element_on_any_rank_of_an_engine_is_named_on_all(seen: Seen) -> None:
     first, second = ({name: text for name, text in messages.items() if name != "bytes"} for messages in seen["verified"]["messages"])
     assert first == second and len(first) == 4

@@ -106,6 +106,7 @@ def verified(out: Path) -> dict[str, Any]:
     dist.barrier()
     engine = VllmEngine(out / "one_head", dtype="bfloat16", max_model_len=64, max_num_seqs=16, kv_cache_mib=16, tensor_parallel=2)
     checksums = partial(whole_checksums, list(weights(model)))
+    logits = engine._llm.apply_model(_logits_dtype)[0]
     messages: dict[str, Any] = {}
     with Rollouts(
         engine, str, run_seed=1, rank=dist.get_rank(), world_size=2, engine_ranks=2, verify_push="always"
@@ -119,7 +120,11 @@ def verified(out: Path) -> dict[str, Any]:
                 messages[name] = str(error)
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, messages)
-    return {"messages": everyone, "model_bytes": sum(weight.nbytes for _, weight in weights(model))}
+    return {"messages": everyone, "logits": logits, "model_bytes": sum(weight.nbytes for _, weight in weights(model))}
+
+
+def _logits_dtype(model: torch.nn.Module) -> str:
+    return str(model.compute_logits(torch.ones(1, 64, dtype=torch.bfloat16)).dtype)
 
 
 def last_element_doubled(weight: torch.Tensor) -> torch.Tensor:

@@ -44,9 +44,11 @@ def test_versions_are_the_listed_ones() -> None:
 
 def test_cuda_and_python_are_those_of_the_cuda_column() -> None:
     cuda, python = VERSIONS["cuda"]["cuda"], VERSIONS["cuda"]["python"]
-    assert re.fullmatch(rf"nvidia/cuda:{re.escape(cuda)}\.\d+-cudnn-devel-ubuntu[\d.]+", ARGS["CUDA_IMAGE"])
+    assert re.fullmatch(rf"nvidia/cuda:{re.escape(cuda)}\.\d+-devel-ubuntu[\d.]+", ARGS["CUDA_IMAGE"])
     assert set(re.findall(r"python(3\.\d+)", "\n".join(stages()["cuda-build"] + stages()["cuda"]))) == {python}
     assert f"cuda-toolkit-{cuda.replace('.', '-')} " in doctor.INSTALL_NVCC
+    (paths,) = re.findall(r"CPATH=(\S+)", "\n".join(stages()["cuda-build"]))  # cuDNN's headers, from torch's own
+    assert paths == f"/opt/megatron-nsr/lib/python{python}/site-packages/nvidia/cudnn/include"
 
 
 def test_everything_that_is_copied_or_installed_is_there() -> None:
