@@ -1,4 +1,4 @@
-"""`make test-docker` without a Docker daemon: what it installs, builds and leaves behind, told by stand-ins for the programs it calls."""
+"""`make test-docker` with and without a Docker daemon: what it installs, builds and leaves, told by stand-ins for what it calls."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[3] / "tools" / "build_cpu_image.sh"
-REAL = ("bash", "cat", "dirname", "git", "grep", "mktemp", "mv", "rm", "sed")
-CHECK = "-- bash /opt/megatron-nsr/share/megatron_nsr/tools/try_installed.sh /opt/megatron-nsr"
+REAL = ("bash", "cat", "dirname", "git", "grep", "mktemp", "mv", "realpath", "rm", "sed")
+CHECK = "bash /opt/megatron-nsr/share/megatron_nsr/tools/try_installed.sh /opt/megatron-nsr"
 
 
 class Machine:
@@ -56,6 +56,25 @@ def test_without_docker_or_root_it_says_what_is_needed(machine: Machine) -> None
     assert machine.calls("apt-get") == []
 
 
+def test_wheels_that_the_build_could_not_see_are_refused(machine: Machine, tmp_path: Path) -> None:
+    missing = machine.build(TORCH_WHEELS="nowhere")
+    assert (missing.returncode, missing.stderr) == (1, "build_cpu_image: TORCH_WHEELS=nowhere: no such folder or wheel\n")
+    machine.stand_in(machine.programs / "docker")
+    with_docker = machine.build(TORCH_WHEELS=str(tmp_path))
+    assert with_docker.returncode == 1 and "docker build sees no file of this machine; name the URL of an index" in with_docker.stderr
+    assert set(machine.calls("docker")) == {"info"}
+
+
+def test_docker_builds_and_tries_the_image_where_it_runs(machine: Machine) -> None:
+    machine.stand_in(machine.programs / "docker")
+    assert machine.build(TORCH_WHEELS="https://example.org/cpu").returncode == 0
+    _, build, run = machine.calls("docker")
+    assert build.startswith("build --target cpu --tag megatron-nsr:cpu ") and build.endswith(
+        " --build-arg TORCH_SOURCE=--extra-index-url https://example.org/cpu ."
+    )
+    assert run == f"run --rm --shm-size 2g megatron-nsr:cpu {CHECK}"
+
+
 def test_a_bare_machine_gets_buildah_and_a_base_that_cannot_be_pulled_is_made(machine: Machine, tmp_path: Path) -> None:
     machine.stand_in(machine.packages / "buildah", 'case " $* " in *" pull "*) exit 1 ;; *" from "*) echo container ;; esac')
     machine.stand_in(machine.packages / "mmdebstrap", 'for name; do case "$name" in *.tar) : >"$name" ;; esac; done')
@@ -69,8 +88,16 @@ def test_a_bare_machine_gets_buildah_and_a_base_that_cannot_be_pulled_is_made(ma
     assert pull == "pull -q debian:12.12-slim" and made[-1] == "commit -q --rm container debian:12.12-slim"
     assert build.startswith("bud ") and build.endswith(" .") and " --target cpu --tag megatron-nsr:cpu " in build
     assert f" --volume {tmp_path}:/torch-wheels:ro " in build and " --build-arg TORCH_SOURCE=--find-links /torch-wheels " in build
-    assert start == "from --pull-never localhost/megatron-nsr:cpu" and check == f"run --isolation chroot container {CHECK}"
+    assert start == "from --pull-never localhost/megatron-nsr:cpu" and check == f"run --isolation chroot container -- {CHECK}"
     assert cleaned == "rm --all" and list(machine.temporary.iterdir()) == []
+
+
+def test_a_wheel_is_named_as_a_file_of_the_folder_that_pip_searches(machine: Machine, tmp_path: Path) -> None:
+    machine.stand_in(machine.programs / "buildah")
+    (wheel := tmp_path / "torch.whl").touch()
+    assert machine.build(TORCH_WHEELS=str(wheel)).returncode == 0
+    (build,) = [call for call in machine.calls("buildah") if call.startswith("bud ")]
+    assert f" --volume {wheel}:/torch-wheels/torch.whl:ro " in build and "--find-links /torch-wheels " in build
 
 
 def test_a_base_that_can_be_pulled_is_used_and_a_failed_build_leaves_nothing(machine: Machine) -> None:
