@@ -126,7 +126,7 @@ test-wheel: $(TEST_INSTALLED) ## build the packages, install the wheel in a fres
 	tools/try_installed.sh $(WHEEL_VENV)
 	@rm -rf $(WHEEL_VENV)
 
-# TORCH_WHEELS=FOLDER as above. Needs no Docker daemon: tools/build_cpu_image.sh says what it does without one.
+# TORCH_WHEELS as above. Needs no Docker daemon: tools/build_cpu_image.sh says what it does without one.
 test-docker: ## build the image's cpu target and train two steps in it
 	tools/build_cpu_image.sh
 

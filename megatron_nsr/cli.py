@@ -278,9 +278,9 @@ def plan(
 
 @app.command()
 def examples(
-    out: Annotated[Path, typer.Option(help="the folder that gets configs/, examples/ and tools/")],
+    out: Annotated[Path, typer.Option(help="the folder that gets configs/, examples/, requirements/ and tools/")],
 ) -> None:
-    """Copies the configs, examples and tools that came with an installed package; `python -m examples.quickstart` runs there."""
+    """Copies the configs, examples, lock files and tools that an installed package brought; `python -m examples.quickstart` runs there."""
 
     def work() -> int:
         from megatron_nsr.platform.shipped_files import copy_shipped_files

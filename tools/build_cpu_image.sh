@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile's cpu target and trains two steps in it. With a Docker daemon that is `docker build`. Without one buildah builds
 # it, as root, and where the base image cannot be pulled, Debian's packages stand in for it: the same release, installed fresh.
-# buildah and mmdebstrap are installed where they are missing; image and containers are removed at the end. 20 GB of free disk are needed.
+# buildah and mmdebstrap are installed where they are missing; image and containers are removed at the end. 20 GiB of free disk are needed.
 # TORCH_WHEELS is where torch's CPU build is: the URL of an index, or, without Docker, a folder or a wheel. PIP_CONF=FILE is pip's
 # configuration then.
 set -euo pipefail

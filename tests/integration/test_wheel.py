@@ -56,7 +56,13 @@ def test_it_is_not_the_checkout_that_is_used(environment: Path) -> None:
     assert Path(found.strip()).is_relative_to(environment)
 
 
-def test_it_brings_every_config_example_and_tool(environment: Path, tmp_path: Path) -> None:
+def test_a_lock_file_that_it_names_came_with_it(environment: Path) -> None:
+    program = "from megatron_nsr.platform.doctor import lock_file; print(lock_file('launch'))"
+    named = Path(run(environment / "bin" / "python", "-c", program, cwd=environment).strip())
+    assert named.is_relative_to(environment) and "nemo_run==" in named.read_text()
+
+
+def test_it_brings_every_config_example_lock_file_and_tool(environment: Path, tmp_path: Path) -> None:
     assert run(environment / "bin" / "megatron-nsr", "examples", "--out", "here", cwd=tmp_path).split() == [
         f"here/{name}" for name in FOLDERS
     ]

@@ -209,3 +209,13 @@ def test_no_compiler_and_no_library_is_missing(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(doctor, "LIBNUMA", "libno-such-library.so.1")
     assert doctor.check_gcc().remedy == "apt-get install gcc"
     assert doctor.check_libnuma().remedy == "apt-get install libnuma1"
+
+
+def test_lock_files_are_named_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    in_checkout = doctor.lock_file("launch")
+    assert (Path(__file__).parents[3] / in_checkout).is_file() and not Path(in_checkout).is_absolute()
+    installed = tmp_path / "share" / "megatron_nsr" / in_checkout
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert doctor.lock_file("launch") == str(installed)
