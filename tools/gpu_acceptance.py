@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, Python knows this folder only
 
 from tools.acceptance import page, processes
-from tools.acceptance.part import LIMIT_S, PARTS
+from tools.acceptance.part import BUSY, LIMIT_S, PARTS
 from tools.acceptance.results import device_name, mark_cut_short, read, summary
 
 RESULTS = processes.ROOT / "docs" / "results"
@@ -55,13 +55,14 @@ def run_part(name: str, folder: Path, work: Path, *, dry: bool) -> bool:
     file = folder.resolve() / f"{'dry' if dry else device_name()}-{name}.json"
     file.unlink(missing_ok=True)
     command = processes.python("-m", "tools.acceptance.part", name, file, work, *(["--dry"] if dry else []))
+    limit = LIMIT_S * (BUSY if dry else 1)
     with processes.started(command, changes=PARTS[name].dry_environment if dry else None) as process:
         try:
-            status: int | None = process.wait(LIMIT_S)
+            status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
     if status is None or not file.exists() or not read(file)["complete"]:
-        why = f"took longer than {LIMIT_S:.0f} s" if status is None else f"ended with status {status} before it was complete"
+        why = f"took longer than {limit:.0f} s" if status is None else f"ended with status {status} before it was complete"
         mark_cut_short(file, name, why)
     found = read(file)
     print(summary(found), flush=True)

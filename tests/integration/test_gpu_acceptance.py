@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 NOT_RUN = {
     "policy": {"fused weight-gradient accumulation"},
     "te": {"update, delayed", "update, tensorwise", "update, blockwise"},
-    "tune": {"tiles of the row kernels", "rollout.push_bucket_mib", "overlap of the reduction of gradients"},
+    "tune": {"tiles of the row kernels", "rollout.push_bucket_mib", "overlap of the reduction of gradients", "rollout.enforce_eager"},
 }
 
 

@@ -20,6 +20,7 @@ from tools.benchmarks.fused_head_measure import CpuMeter, CudaMeter, Meter
 FP8 = torch.float8_e4m3fn
 PEAK_MARGIN = 1.02  # clocks differ a little from those of the data sheet
 CLOCKS_AGREE = 1.25
+PRODUCT_ERROR = 0.03  # fast accumulation in FP8 keeps few bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +115,9 @@ def _fp8_operands(side: int, device: torch.device) -> Operands:
 
 
 def _fp8_product(a: Tensor, b: Tensor) -> Tensor:
-    """cuBLAS wants the second side column-major, which a transposed view is."""
+    """The fastest there is: a limit. cuBLAS wants the second side column-major, which a transposed view is."""
     one = torch.ones((), device=a.device)
-    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _check_product(step: Step, a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -124,7 +125,7 @@ def _check_product(step: Step, a: Tensor, b: Tensor, product: Callable[[Tensor, 
     rows = slice(0, 16)
     exact, untransposed = a[rows].double() @ b.double().t(), a[rows].double() @ b.double()
     got = product(a, b)[rows].double()
-    step.check("relative error of the product", _relative(got, exact), at_most=0.01, wrong=_relative(got, untransposed))
+    step.check("relative error of the product", _relative(got, exact), at_most=PRODUCT_ERROR, wrong=_relative(got, untransposed))
 
 
 def _check_clock(step: Step, device: torch.device, several: Callable[[], None]) -> None:

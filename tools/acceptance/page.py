@@ -86,7 +86,7 @@ def _figures(name: str, step: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """One row a number or text, one for each entry of a mapping of them; longer lists are left to the JSON file."""
     rows = []
     for figure, value in step.items():
-        if figure in ("seconds", "checks", "not run", "error") and not isinstance(value, Mapping):
+        if figure in ("step_seconds", "checks", "not run", "error"):
             continue
         entries = {f"{figure}, {key}": item for key, item in value.items()} if isinstance(value, Mapping) else {figure: value}
         rows += [(name, text, _cell(item)) for text, item in entries.items() if len(_cell(item)) <= LONGEST_CELL]

@@ -50,15 +50,15 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(command: Sequence[str], log: Path, seconds: float, changes: Mapping[str, str] | None = None) -> None:
-    """Raises RuntimeError with the end of what it printed where it fails or takes longer than `seconds`."""
+    """Raises RuntimeError with the end of what it printed where it fails, TimeoutError where it takes longer than `seconds`."""
+    name = " ".join(command[1:4])
     with started(command, log, changes) as process:
         try:
             status = process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            status = None
+            raise TimeoutError(f"{name} took longer than {seconds:.0f} s: {tail(log)}") from None
     if status != 0:
-        how = f"took longer than {seconds:.0f} s" if status is None else f"ended with status {status}"
-        raise RuntimeError(f"{' '.join(command[1:4])} {how}: {tail(log)}")
+        raise RuntimeError(f"{name} ended with status {status}: {tail(log)}")
 
 
 def tail(log: Path, characters: int = 500) -> str:

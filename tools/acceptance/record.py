@@ -67,7 +67,7 @@ class Step:
         return self.error is None and all(check["holds"] for check in self.checks)
 
     def described(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"seconds": round(self.seconds, 2), **self.figures}
+        found: dict[str, Any] = {"step_seconds": round(self.seconds, 2), **self.figures}
         if self.checks:
             found["checks"] = self.checks
         for name, text in (("not run", self.not_run), ("error", self.error)):
