@@ -22,7 +22,9 @@ SEVEN, MIXTURE = PUBLISHED["Qwen2.5-7B"], PUBLISHED["Qwen3-30B-A3B"]
 LAYER = layer_elements(SEVEN, 1, 1).total
 
 
-def plan_of(model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, gpu: str = "h200", offload: str = "all", **parallel: Any) -> Plan:
+def plan_of(
+    model: dict[str, Any] | None = None, rollout: dict[str, Any] | None = None, gpu: str = "h200", offload: str = "all", **parallel: Any
+) -> Plan:
     config: Config = parse_config(
         {
             "run": {"dir": "unused", "steps": 1},
