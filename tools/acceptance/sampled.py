@@ -12,15 +12,23 @@ import numpy as np
 from megatron_nsr.types import Trajectory
 
 
-def equal_share(first: Sequence[Trajectory], second: Sequence[Trajectory]) -> float:
-    """Share of responses that are the same tokens; another number of responses is none."""
-    return equal_lists([t.response_ids.tolist() for t in first], [t.response_ids.tolist() for t in second])
+def shared_tokens(first: Sequence[Trajectory], second: Sequence[Trajectory]) -> float:
+    """Share of the tokens of both that stand before the first difference of their response; another number of responses shares none.
+
+    In bf16 another kernel (a prompt read from the cache) rounds otherwise, and a sampled token may flip: what follows is another response.
+    """
+    return shared_ids([t.response_ids.tolist() for t in first], [t.response_ids.tolist() for t in second])
 
 
-def equal_lists(first: Sequence[list[int]], second: Sequence[list[int]]) -> float:
-    if len(first) != len(second) or not first:
+def shared_ids(first: Sequence[list[int]], second: Sequence[list[int]]) -> float:
+    if len(first) != len(second):
         return 0.0
-    return sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+    same = sum(_prefix(a, b) for a, b in zip(first, second, strict=True))
+    return 2 * same / max(1, sum(map(len, first)) + sum(map(len, second)))
+
+
+def _prefix(a: list[int], b: list[int]) -> int:
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def plausible(trajectories: Sequence[Trajectory]) -> bool:

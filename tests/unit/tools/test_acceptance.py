@@ -20,7 +20,7 @@ from megatron_nsr.planning.workload import Lengths, Workload
 from megatron_nsr.training.packing import pack
 from megatron_nsr.types import Trajectory, WeightedSample
 from tools import gpu_acceptance
-from tools.acceptance import head, page, part
+from tools.acceptance import head, page, part, sampled
 from tools.acceptance.flops import update_flops
 from tools.acceptance.record import Goal, NotRun, Record, Step
 from tools.acceptance.results import read, short_name
@@ -106,6 +106,14 @@ def test_operations_equal_the_planners_for_the_same_lengths() -> None:
     workload = Workload(1, 8, 1, 1.0, lengths, old_logprobs=False, reference=False, critic_mini_batches=0)
     planned = model_flops(SHAPE, workload, workload.kept_tokens)
     assert update_flops(SHAPE, [batch([(101, 156)] * 8)]) == pytest.approx(planned, rel=1e-9)
+
+
+def test_tokens_are_shared_up_to_the_first_difference() -> None:
+    first = [[1, 2, 3, 4], [5, 6]]
+    assert sampled.shared_ids(first, first) == 1.0
+    assert sampled.shared_ids(first, [[1, 2, 9, 4], [5, 6]]) == pytest.approx(4 / 6)
+    assert sampled.shared_ids(first, [[1, 2, 3, 4, 5, 6], [9]]) == pytest.approx(8 / 13)
+    assert sampled.shared_ids(first, first[:1]) == 0.0
 
 
 def check_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any) -> list[str]:
