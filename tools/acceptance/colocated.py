@@ -34,6 +34,7 @@ from tools.acceptance.servers import served
 
 GAPS = {"float32": 2e-4, "bfloat16": 0.02}  # nats, of a mean
 SAME = {"float32": 0.95, "bfloat16": 0.7}  # share of sampled tokens before a rounding makes a difference
+STALE_RATE = {"float32": 1e-3, "bfloat16": 1e-4}  # a learning rate that moves most weights of a published or tiny shape, and ruins none
 ROUNDS = 5
 FREED_SHARE = 0.9  # of the weights' bytes at least; the cache comes on top
 
@@ -106,7 +107,7 @@ class Colocated:
     def stale_weights(self, step: Step) -> None:
         """An update without a push must show in checksums and gap, or neither would notice a push that fails; a push mends both."""
         self.parts.phases.inspect()
-        self._update(self.drawn, 1e-3)
+        self._update(self.drawn, STALE_RATE[self.config.model.dtype])
         stale = self.parts.actor.measure_samples(self.drawn)["rollout/logprob_gap_mean"]
         self.parts.phases.push()
         step.check("tensors that a missing push leaves different", len(self._differing()), at_least=1)
