@@ -28,6 +28,11 @@ from tools.acceptance.record import Goal, NotRun, Record, Step
 
 GOALS = {"fp8": Goal("8 layers of the 7B shape: updates a second in FP8 over those in BF16", at_least=1.2)}
 RECIPES = ("delayed", "tensorwise", "blockwise")
+# What is compared with BF16 over the steps: keys of the model section. A CPU has no FP8 layers: there two settings that it has.
+LEARNED: dict[str, dict[str, Any]] = {name: {"fp8": name} for name in RECIPES} | {
+    "tensorwise but for the edge layers": {"fp8": "tensorwise", "fp8_edge_layers": 1}
+}
+LEARNED_DRY: dict[str, dict[str, Any]] = {"bfloat16": {"dtype": "bfloat16"}}
 OF_CPU_ERROR = 2.0  # what bf16 may err here over what it errs on the cpu backend, both against float32 there
 LARGEST_SHARE = 0.1  # of what is learned, that the loss curves of two precisions may be apart on average
 
@@ -65,20 +70,18 @@ def run(record: Record, work: Path) -> None:
     measure_limits(record, backend.device)
     with record.step("bf16 beside the cpu backend, checkpoints both ways") as step:
         beside_cpu(record, step, settings, work)
-    # A CPU has no FP8 layers: there two settings that it has run the same comparison.
-    base, others = ("float32", ["bfloat16"]) if record.dry else ("bfloat16", list(RECIPES))
+    base, others = ("float32", LEARNED_DRY) if record.dry else ("bfloat16", LEARNED)
     model = write_model(work / "curve", settings.curve_shape)
     curve = None
     with record.step(f"loss curve, {base}") as step:
         curve = learn(model, settings.lesson, dtype=base)
         step.figure(losses=curve.losses)
-    for name in others:
+    for name, setting in others.items():
         with record.step(f"loss curve, {name} beside {base}") as step:
             if curve is None:
                 raise NotRun(f"there is no curve of {base}")
-            setting = {"dtype": name} if record.dry else {"dtype": base, "fp8": name}
             with where_supported():
-                other = learn(model, settings.lesson, **setting)
+                other = learn(model, settings.lesson, **{"dtype": base, **setting})
             compare_curves(step, curve, other, largest_share=LARGEST_SHARE)
     speed(record, settings, work, backend.device)
 
