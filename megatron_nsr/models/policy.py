@@ -144,8 +144,11 @@ def transformer_config(
     """megatron-core's configuration of this model on this layout. Needs no process group.
 
     fields: the user's own. Raises UserError for one of them that is not to be set, where megatron-core refuses them together, and where
-    the model cannot compute in FP8.
+    the model cannot compute in FP8 or in float32.
     """
+    if backend.name == "te" and dtype == torch.float32 and parallel.context > 1:
+        layout = f"parallel.context={parallel.context}"
+        raise UserError(f"model.dtype=float32: Transformer Engine has no attention for it with {layout}; take bfloat16")
     given = checked_fields(fields or {}, backend=backend.name, recompute=recompute)
     ours = _own_fields(shape, parallel, dtype, backend) | _recompute_fields(recompute)
     if fp8:

@@ -31,8 +31,8 @@ ALLOWED: dict[str, str] = {
     "offload_modules": "of which modules; te",
     "min_offloaded_tensor_size": "smallest tensor that goes, elements; te",
     "clone_scatter_output_in_embedding": "frees the embedding's whole output under parallel.sequence",
-    "attention_backend": "flash, fused, unfused, local or auto: the attention kernels; te",
-    "deterministic_mode": "deterministic kernels; te",
+    "attention_backend": "flash (of the package flash-attn), fused, unfused, local or auto: the attention kernels; te",
+    "deterministic_mode": "deterministic kernels; needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment; te",
     "moe_permute_fusion": "one kernel for the permutation of tokens; te",
     "overlap_p2p_comm_warmup_flush": "transfers between stages overlap in warm-up and flush too; with parallel.virtual_pipeline",
 }

@@ -79,8 +79,7 @@ def diagnose() -> list[Check]:
 
 def gpu_parts(on_gpu: bool, cuda: dict[str, Requirement]) -> list[Check]:
     """What training on GPUs needs, in the order in which it is installed; on a GPU the rows `torch` and `vllm` say the first two."""
-    engine = check_package("transformer-engine", "transformer_engine", cuda, why=ONLY_GPUS)
-    parts = [check_nccl(cuda), check_nvcc(), engine, check_apex()]
+    parts = [check_nccl(cuda), check_nvcc(), check_transformer_engine(cuda), check_apex()]
     if not on_gpu:
         parts = [check_torch_for_cuda(cuda), check_vllm_for_cuda(cuda), *parts]
     return [replace(part, gpu=True) for part in parts]
@@ -243,6 +242,20 @@ def check_nvcc() -> Check:
     if compiler:
         return Check("nvcc", "ok", compiler)
     return Check("nvcc", "missing", f"not found: Transformer Engine and apex are built with it; {ONLY_GPUS}", INSTALL_NVCC)
+
+
+def check_transformer_engine(cuda: dict[str, Requirement]) -> Check:
+    """Transformer Engine with the part for torch that is compiled here. Without that nothing runs: importing megatron-core raises."""
+    found = check_package("transformer-engine", "transformer_engine", cuda, why=ONLY_GPUS)
+    spec = find_spec("transformer_engine") if found.status == "ok" else None
+    if spec is None:
+        return found
+    folders = [Path(place) for place in spec.submodule_search_locations or ()]
+    places = [place for folder in folders for place in (folder, folder / "wheel_lib", folder.parent)]  # wheels, builds from source
+    if any(library for place in places for library in place.glob("transformer_engine_torch*.so")):
+        return found
+    install = f"pip install --no-deps --no-build-isolation 'transformer-engine-torch=={found.detail}'"
+    return Check(found.name, "missing", f"{found.detail} without its part for torch: megatron-core cannot be imported", install)
 
 
 def check_apex() -> Check:

@@ -20,7 +20,7 @@ from megatron_nsr.rollout.server_client import Server
 from megatron_nsr.rollout.server_engine import ServerEngine
 from megatron_nsr.rollout.server_worker import FILE_TRANSPORT
 from megatron_nsr.rollout.vllm_engine import VllmEngine, check_tensor_parallel
-from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_quantization, longest_sequence
+from megatron_nsr.rollout.vllm_options import QUANTIZATIONS, check_allocator, check_quantization, longest_sequence
 from megatron_nsr.types import UserError
 
 MIB = 1 << 20
@@ -38,6 +38,8 @@ def check_engine(config: Config, shape: ModelShape, *, world_size: int, samples:
         check_tensor_parallel(rollout.tensor_parallel, world_size=world_size, attention_heads=shape.heads)
         if samples and rollout.sleep_level and not torch.cuda.is_available():
             raise UserError(f"rollout.sleep_level={rollout.sleep_level}: vLLM cannot sleep on a CPU; it must be 0 here")
+        if samples and rollout.sleep_level:
+            check_allocator()
     elif samples and distributed.launched_rank() == 0:
         return check_servers(_servers(config), _needed(config, shape), rollout.server_timeout_s)
     return frozenset()

