@@ -53,7 +53,7 @@ def show_plan(
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH
-    console.print(render(plan, suggestions, remedies))
+    console.print(render(plan, suggestions, remedies), crop=False)
     if simulate:
         console.print(render_scaling(points))
     return plan.fits

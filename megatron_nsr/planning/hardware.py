@@ -58,10 +58,10 @@ HOST_SHARE = 0.8
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises UserError for a name that is not in the table."""
-    if name not in GPUS:
+    """By its name in the table, in any case. Raises UserError for another."""
+    if name.lower() not in GPUS:
         raise UserError(f"--gpu {name}: known are {', '.join(GPUS)}")
-    return GPUS[name]
+    return GPUS[name.lower()]
 
 
 def bandwidth(gpu: Gpu, ranks: int, stride: int = 1) -> float:

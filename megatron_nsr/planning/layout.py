@@ -91,7 +91,7 @@ class Layout:
         keys += ["parallel.sequence=true"] if self.sequence else []
         keys += ["parallel.distributed_optimizer=true"] if self.distributed_optimizer else []
         keys += [f"model.fp8={self.fp8}"] if self.fp8 else []
-        return " ".join([*keys, f"training.recompute={self.recompute}", f"(data {self.data})"])
+        return " ".join([*keys, f"training.recompute={self.recompute}"])
 
 
 def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
@@ -116,10 +116,6 @@ def layout_of(config: Config, shape: ModelShape, gpus: int) -> Layout:
         fp8=config.model.fp8,
         fp8_edge_layers=config.model.fp8_edge_layers,
     )
-    if layout.data < 1:
-        raise UserError(
-            f"--gpus: {gpus} for the trainer, and one copy of the model takes {layout.tensor * layout.pipeline * layout.context}"
-        )
     return replace(layout, micro_batch_tokens=most_tokens(config, shape, layout.data))
 
 
@@ -146,3 +142,15 @@ def trainer_gpus(config: Config, gpus: int) -> int:
     if serving >= gpus:
         raise UserError(f"--gpus {gpus}: rollout.servers and rollout.tensor_parallel take {serving} of them, and the trainer needs some")
     return gpus - serving
+
+
+def layout_on(config: Config, shape: ModelShape, gpus: int) -> Layout:
+    """The config's layout on what servers leave of `gpus` GPUs. Raises UserError; of a wrong number with the nearest ones that do."""
+    training, parallel = trainer_gpus(config, gpus), config.parallel
+    copy = parallel.tensor * parallel.context * parallel.pipeline
+    if over := training % copy:
+        who = f"the servers take {gpus - training}, the trainer {training}" if gpus > training else "all of them train"
+        near = [str(number) for number in (gpus - over, gpus - over + copy) if number > gpus - training]
+        sizes = f"parallel.tensor={parallel.tensor} x parallel.context={parallel.context} x parallel.pipeline={parallel.pipeline}"
+        raise UserError(f"--gpus {gpus}: {who}, and {sizes} needs a multiple of {copy}; give {' or '.join(near)}")
+    return layout_of(config, shape, training)

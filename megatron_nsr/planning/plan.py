@@ -15,7 +15,7 @@ from megatron_nsr.planning.engine import engine_memory
 from megatron_nsr.planning.flops import model_flops, step_flops
 from megatron_nsr.planning.generation import Engine, Generation, generate_on
 from megatron_nsr.planning.hardware import HOST_SHARE, Gpu
-from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
+from megatron_nsr.planning.layout import Layout, layout_on, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, moved_bytes, plan_memory
 from megatron_nsr.planning.step_time import Phase, Trainer
 from megatron_nsr.planning.workload import Lengths, Workload, workload_of
@@ -60,7 +60,7 @@ class Plan:
 def make_plan(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths, *, layout: Layout | None = None) -> Plan:
     """Raises UserError where the config's layout is none of this many GPUs. layout: in place of the config's."""
     _check_precision(config, gpu)
-    layout = layout or layout_of(config, shape, trainer_gpus(config, gpus))
+    layout = layout or layout_on(config, shape, gpus)
     workload, element = workload_of(config, lengths), ELEMENT_BYTES[config.model.dtype]
     trainer = Trainer(shape, layout, workload, gpu, element)
     phases: dict[str, Phase] = {}

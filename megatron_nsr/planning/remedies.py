@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from megatron_nsr.config import Config
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.planning.hardware import Gpu
-from megatron_nsr.planning.layout import Layout, layout_of, longest_tokens, trainer_gpus
+from megatron_nsr.planning.layout import Layout, layout_on, longest_tokens
 from megatron_nsr.planning.memory import MemoryPlan, plan_memory
 from megatron_nsr.planning.workload import Lengths, workload_of
 from megatron_nsr.types import UserError
@@ -46,7 +46,7 @@ class Asked:
     lengths: Lengths
 
     def layout(self) -> Layout:
-        return layout_of(self.config, self.shape, trainer_gpus(self.config, self.gpus))
+        return layout_on(self.config, self.shape, self.gpus)
 
     def memory(self) -> MemoryPlan:
         return plan_memory(self.config, self.shape, self.layout(), workload_of(self.config, self.lengths), self.gpu)

@@ -40,7 +40,9 @@ def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | No
     lengths, elements = plan.workload.lengths, model_elements(plan.shape)
     size, name = unit(COUNT, [elements])
     lines = [
-        f"{plan.config.model.path}: {elements / size:.2f} {name} parameters on {plan.gpus} x {plan.gpu.name}; {plan.layout.describe()}",
+        f"{plan.config.model.path}: {elements / size:.2f} {name} parameters on {plan.gpus} x {plan.gpu.name}"
+        f"{f', {serving} of them for servers' if (serving := plan.gpus - plan.layout.gpus) else ''}; data parallel {plan.layout.data}",
+        f"layout: {plan.layout.describe()}",
         f"assumed: prompts of {lengths.prompt_mean:.0f} tokens, responses of {lengths.response_mean:.0f} on average "
         f"(spread {lengths.response_spread:g} of it, at most {lengths.cap}), {plan.workload.kept:.0%} of them trained on",
         verdict(plan),
@@ -48,7 +50,7 @@ def render(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | No
         *([f"not in these numbers: {', '.join(left_out)}"] if (left_out := unplanned(plan.config)) else []),
     ]
     tables = [_memory(plan), *_server(plan), _time(plan), _communication(plan)]
-    return Group(*(Text(line) for line in lines), *tables, _suggestions(plan, suggestions))
+    return Group(*(_whole(line) for line in lines), *tables, *(_whole(line) for line in _suggestions(plan, suggestions)))
 
 
 def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies | None) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies |
         "gpu": plan.gpu.name,
         "gpus": plan.gpus,
         "layout": plan.layout.describe(),
+        "data_parallel": plan.layout.data,
         "assumed": {
             "prompt_mean": lengths.prompt_mean,
             "response_mean": lengths.response_mean,
@@ -90,6 +93,7 @@ def as_values(plan: Plan, suggestions: Sequence[Candidate], remedies: Remedies |
         "suggestions": [
             {
                 "layout": one.layout.describe(),
+                "data_parallel": one.layout.data,
                 "overrides": overrides(plan.config, one.layout),
                 "seconds_without_sampling": one.seconds,
                 "peak": one.memory.peak,
@@ -148,17 +152,17 @@ def _communication(plan: Plan) -> Table:
     return table
 
 
-def _suggestions(plan: Plan, suggestions: Sequence[Candidate]) -> RenderableType:
+def _suggestions(plan: Plan, suggestions: Sequence[Candidate]) -> list[str]:
+    """A line each, which ends with its keys: they can be pasted after the config's name."""
     if not suggestions:
-        return Text(f"no layout of the trainer's {plan.layout.gpus} x {plan.gpu.name} fits with the other keys as they are")
-    table = _table("the fastest layouts that fit", "keys to change", "data parallel", "seconds without sampling", "GiB")
+        return [f"no layout of the trainer's {plan.layout.gpus} x {plan.gpu.name} fits with the other keys as they are"]
     own = sum(phase.seconds for name, phase in plan.phases.items() if name != "rollout")
     rows = [("(this config)" if plan.fits else "(this config, which does not fit)", plan.layout, own, plan.memory)]
-    rows += [(" ".join(overrides(plan.config, one.layout)), one.layout, one.seconds, one.memory) for one in suggestions]
-    for keys, layout, seconds, memory in rows:
-        if keys:
-            table.add_row(keys, str(layout.data), number(seconds), f"{memory.peak / GIB:,.1f}")
-    return table
+    rows += [(" ".join(keys), one.layout, one.seconds, one.memory) for one in suggestions if (keys := overrides(plan.config, one.layout))]
+    scale, measure = unit(MEMORY, [plan.memory.peak])
+    lines = ["the fastest layouts that fit, context parallelism and all other keys as they are; seconds without sampling", ""]
+    lines += [f"  {'seconds':>9}  {measure:>7}  {'data parallel':>13}  keys to change"]
+    return lines + [f"  {number(time):>9}  {memory.peak / scale:>7,.1f}  {layout.data:>13,}  {keys}" for keys, layout, time, memory in rows]
 
 
 def _advice(remedies: Remedies | None) -> list[str]:
@@ -180,6 +184,11 @@ def unit(units: Sequence[tuple[float, str]], values: Iterable[float]) -> tuple[f
 def number(value: float) -> str:
     """Three digits that count, or all before the point: 0.0512, 5.12, 51.2, 5,120."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _whole(line: str) -> Text:
+    """A line that only the terminal breaks, so that it is copied as one."""
+    return Text(line, no_wrap=True, overflow="ignore")
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:

@@ -11,7 +11,7 @@ from megatron_nsr.config_sections import Setting
 from megatron_nsr.models.hf_config import ModelShape
 from megatron_nsr.models.parallel import validate_layout
 from megatron_nsr.planning.hardware import Gpu
-from megatron_nsr.planning.layout import Layout, layout_of, trainer_gpus
+from megatron_nsr.planning.layout import Layout, layout_of, layout_on, trainer_gpus
 from megatron_nsr.planning.memory import ELEMENT_BYTES, MemoryPlan, plan_memory
 from megatron_nsr.planning.plan import training_phases
 from megatron_nsr.planning.recomputation import Recompute
@@ -32,15 +32,16 @@ class Candidate:
 
 
 def best_layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu, lengths: Lengths, *, count: int = 3) -> list[Candidate]:
-    """Those that fit, the fastest first and of equally fast ones the smallest; context parallelism stays the config's."""
+    """Those that fit, the config's own among them, the fastest first and of equally fast ones the smallest."""
     workload, element = workload_of(config, lengths), ELEMENT_BYTES[config.model.dtype]
+    training = trainer_gpus(config, gpus)
     found = []
-    for layout in layouts(config, shape, trainer_gpus(config, gpus), gpu):
+    for layout in dict.fromkeys([layout_on(config, shape, gpus), *layouts(config, shape, training, gpu)]):
         memory = plan_memory(config, shape, layout, workload, gpu)
         if memory.problem is None:
             phases = training_phases(config, Trainer(shape, layout, workload, gpu, element), memory)
             found.append(Candidate(layout, sum(phase.seconds for phase in phases.values()), memory))
-    return sorted(found, key=lambda candidate: (round(candidate.seconds, 3), candidate.memory.peak))[:count]
+    return sorted(found, key=lambda candidate: (float(f"{candidate.seconds:.2e}"), candidate.memory.peak))[:count]
 
 
 def overrides(config: Config, layout: Layout) -> list[str]:
@@ -52,10 +53,13 @@ def overrides(config: Config, layout: Layout) -> list[str]:
 
 
 def layouts(config: Config, shape: ModelShape, gpus: int, gpu: Gpu) -> Iterator[Layout]:
-    """Every layout that the model allows: tensor parallelism inside a node, stages and chunks that divide the layers."""
+    """Every layout that the model allows: tensor sizes that divide a node, stages and chunks that divide the layers.
+
+    Context parallelism stays the config's.
+    """
     stages = [count for count in range(1, MOST_STAGES + 1) if shape.num_layers % count == 0]
     experts = [1] if shape.moe is None else [count for count in _powers(shape.moe.experts)]
-    for tensor, pipeline, virtual, expert in product(_powers(gpu.per_node), stages, _powers(MOST_CHUNKS), experts):
+    for tensor, pipeline, virtual, expert in product(_powers(gpu.per_node), stages, range(1, MOST_CHUNKS + 1), experts):
         if virtual > 1 and pipeline == 1:
             continue
         parallel = ParallelConfig.model_validate(

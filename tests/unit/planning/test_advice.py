@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,41 @@ def test_an_engine_that_does_not_divide_the_heads_is_refused() -> None:
         show_plan(load_config(SCALE / "qwen2.5_7b_1x8.yaml", ["rollout.tensor_parallel=8"]), gpus=8, gpu="h200")
 
 
-@pytest.mark.parametrize(("file", "gpus"), [("qwen3_235b_a22b_16x8", 128), ("qwen2.5_72b_8x8", 64)])
-def test_a_suggested_layout_is_the_one_that_its_keys_give(file: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("file", ["quickstart.yaml", *(f"scale/{path.name}" for path in SCALE.glob("*x8.yaml"))])
+def test_pasted_after_the_config_the_keys_of_each_suggestion_give_it(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = re.search(r"(\d+)x8", file)
+    gpus = 8 * int(nodes[1]) if nodes else 8
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 64}))
+    own = [] if nodes else [f"model.path={tmp_path}"]
+
     def plan(*more: str) -> dict[str, Any]:
-        show_plan(load_config(SCALE / f"{file}.yaml", list(more)), gpus=gpus, gpu="h200", as_json=True)
+        show_plan(load_config(SCALE.parent / file, [*own, *more]), gpus=gpus, gpu="H200", as_json=True)
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
-    for one in plan()["suggestions"]:
+    asked = plan()
+    assert len(asked["suggestions"]) == 3
+    show_plan(load_config(SCALE.parent / file, own), gpus=gpus, gpu="h200")
+    lines = capsys.readouterr().out.splitlines()
+    fastest = min(without_sampling(asked), *(one["seconds_without_sampling"] for one in asked["suggestions"]))
+    assert asked["suggestions"][0]["seconds_without_sampling"] <= 1.01 * fastest
+    for one in asked["suggestions"]:
         good = plan(*one["overrides"])
-        seconds = sum(phase["seconds"] for name, phase in good["phases"].items() if name != "rollout")
-        assert good["fits"] and good["layout"] == one["layout"] and seconds == pytest.approx(one["seconds_without_sampling"])
+        assert good["fits"] and (good["layout"], good["data_parallel"]) == (one["layout"], one["data_parallel"])
+        assert without_sampling(good) == pytest.approx(one["seconds_without_sampling"])
+        keys = " ".join(one["overrides"]) or "(this config)"
+        assert any(line.endswith(f"  {keys}") for line in lines)
+
+
+def without_sampling(plan: dict[str, Any]) -> float:
+    return float(sum(phase["seconds"] for name, phase in plan["phases"].items() if name != "rollout"))
+
+
+def test_a_number_of_gpus_that_cannot_be_is_answered_with_the_next_ones() -> None:
+    with pytest.raises(UserError, match=r"--gpus 513: the servers take 176, the trainer 337, .* a multiple of 56; give 512 or 568"):
+        show_plan(load_config(SCALE / "llama3.1_405b_64x8.yaml"), gpus=513, gpu="h200")
+    with pytest.raises(UserError, match=r"--gpus 3: all of them train, .*parallel\.tensor=4 .* a multiple of 4; give 4$"):
+        show_plan(load_config(SCALE / "qwen2.5_72b_8x8.yaml", ["parallel.pipeline=1"]), gpus=3, gpu="h200")
 
 
 def test_fields_that_tie_the_layout_are_kept_in_suggestions(capsys: pytest.CaptureFixture[str]) -> None:
