@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ Wait = Callable[[Callable[[], str]], None]
 
 
 def require() -> None:
-    """Raises UserError with the command that installs nemo-run where it is missing."""
-    if find_spec("nemo_run") is None:
-        raise UserError(f"nemo-run is not installed, and this needs it: pip install --no-deps -r {lock_file('launch')}")
+    """Raises UserError with the command that installs nemo-run where it, or what its import needs, is missing."""
+    _nemo_run()
 
 
 def render_batch_script(job: Job) -> str:
@@ -143,11 +141,13 @@ def _state(experiment: Any) -> dict[str, Any]:
 
 def _nemo_run() -> Any:
     """The module. Its import warns of a dozen other packages and takes some seconds."""
-    require()
     os.environ.setdefault("NEMORUN_HOME", str(nemo_run_home()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import nemo_run
+        try:
+            import nemo_run
+        except ImportError as error:
+            raise UserError(f"nemo-run does not import ({error}): pip install --no-deps -r {lock_file('launch')}") from None
 
     return nemo_run
 

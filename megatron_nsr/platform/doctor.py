@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -288,11 +289,17 @@ def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
 
 
 def check_nemo_run() -> Check:
-    """nemo-run, from its lock file: what it declares would replace versions that training needs."""
+    """nemo-run imports. Without --no-deps, what it declares would replace versions that training needs; with it, pip checks nothing."""
+    install = f"pip install --no-deps -r {lock_file('launch')}"
     version = version_of("nemo-run")
-    if version is not None:
-        return Check("nemo-run", "ok", version)
-    return Check("nemo-run", "missing", "not installed: only `launch` needs it", f"pip install --no-deps -r {lock_file('launch')}")
+    if version is None:
+        return Check("nemo-run", "missing", "not installed: only `launch` needs it", install)
+    # In a process of its own, as its import changes warnings, logging and what later imports find.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "import nemo_run"], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return Check("nemo-run", "missing", f"{version} is installed, but does not import: {reason}; only `launch` needs it", install)
+    return Check("nemo-run", "ok", version)
 
 
 def lock_file(kind: str) -> str:

@@ -103,6 +103,25 @@ def test_what_launch_adds_replaces_nothing_that_trains(tag: str) -> None:
     assert not added.keys() & (lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock") | lock(f"test-{tag}.lock")).keys()
 
 
+# What nemo-run's import goes without, and why.
+NOT_IMPORTED = {
+    "deprecated": "fabric imports it in its testing module only",
+    "inquirerpy": "nemo-run's devspace editor only",
+    "ray": "leptonai's command line only",
+    "tabulate": "torchx's command line only",
+}
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_all_that_nemo_run_s_import_needs_is_locked_without_the_test_tools(tag: str) -> None:
+    """Tests run beside the test tools, which would hide what a user lacks."""
+    added = lock(f"launch-{tag}.lock")
+    locked = added | lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock")
+    environment = {"python_version": tag[2] + "." + tag[3:], "python_full_version": f"{tag[2]}.{tag[3:]}.9"}
+    missing = {canonicalize_name(r.name) for name in added for r in needs(name, frozenset(), environment)} - locked.keys()
+    assert missing == NOT_IMPORTED.keys()
+
+
 @pytest.mark.parametrize("tag", TAGS)
 def test_mlflow_is_locked_with_all_it_needs_and_replaces_nothing(tag: str) -> None:
     added, locked = lock("mlflow.lock"), lock("cpu-torch.lock") | lock(f"cpu-{tag}.lock")

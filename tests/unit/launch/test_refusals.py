@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from importlib import util
+import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_nsr.launch import nemo
 from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster
-from megatron_nsr.launch.command import plan_job
+from megatron_nsr.launch.command import launch, plan_job
 from megatron_nsr.launch.job import Job, find_job
 from megatron_nsr.launch.source import find_source
 from megatron_nsr.types import UserError
@@ -113,11 +112,13 @@ def test_a_program_that_is_not_here(executor: str, program: str, tmp_path: Path,
     check_here(cluster)
 
 
-def test_a_missing_nemo_run_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = util.find_spec
-    monkeypatch.setattr(nemo, "find_spec", lambda name: None if name == "nemo_run" else found(name))
-    with pytest.raises(UserError, match=r"pip install --no-deps -r requirements/launch-py3\d+\.lock"):
-        nemo.require()
+def test_a_nemo_run_that_does_not_import_is_named_with_the_command_that_installs_it_and_leaves_no_job(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nemo_run", None)
+    with pytest.raises(UserError, match=r"nemo-run does not import \(.*\): pip install --no-deps -r requirements/launch-py3\d+\.lock"):
+        launch(CONFIG, [], cluster_file=None, executor=None, dry_run=False, detach=False, follow=False, uncommitted=False)
+    assert not (checkout.parent / "home").exists()
 
 
 def test_a_job_that_was_never_launched(checkout: Path) -> None:

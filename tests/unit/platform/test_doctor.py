@@ -232,3 +232,12 @@ def test_lock_files_are_named_where_they_are(tmp_path: Path, monkeypatch: pytest
     installed.parent.mkdir(parents=True)
     installed.touch()
     assert doctor.lock_file("launch") == str(installed)
+
+
+def test_a_nemo_run_that_does_not_import_is_found_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nemo_run.py").write_text("import no_such_module_of_its_own\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.11.1")
+    found = doctor.check_nemo_run()
+    assert found.status == "missing" and "0.11.1 is installed, but does not import: ModuleNotFoundError" in found.detail
+    assert "no_such_module_of_its_own" in found.detail and found.remedy.startswith("pip install --no-deps -r ")
