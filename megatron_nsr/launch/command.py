@@ -14,7 +14,7 @@ from megatron_nsr.launch import nemo, scripts, skypilot
 from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides
 from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
 from megatron_nsr.launch.source import find_source
-from megatron_nsr.launch.waiting import exit_status, interrupt, wait_for
+from megatron_nsr.launch.waiting import exit_status, has_ended, interrupt, wait_for
 from megatron_nsr.types import UserError
 
 # `launch` fills in what the servers announce; a run without servers is refused before.
@@ -128,7 +128,10 @@ def show_logs(identity: str, *, follow: bool) -> None:
 def cancel(identity: str) -> None:
     """Asks the job to stop after a checkpoint, and not to queue again; what has not started is removed."""
     directory, record = find_job(identity)
-    number = nemo.state(record)[1] if record.executor == "slurm" else None
+    state, number = nemo.state(record) if record.executor == "slurm" else (_state(identity), None)
+    if has_ended(state):
+        print(f"{identity}: already ended")
+        return
     interrupt(directory, number)
     print(f"{identity}: told to stop after a checkpoint")
 
@@ -137,7 +140,7 @@ def _state(identity: str) -> str:
     directory, record = find_job(identity)
     if record.executor == "slurm":
         return nemo.state(record)[0]
-    return "RUNNING" if directory.status() is None else "ENDED"
+    return "RUNNING" if directory.runs() else "ENDED"
 
 
 def _check_mounted(config: Config, cluster: Cluster, cwd: Path) -> None:

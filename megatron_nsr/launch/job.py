@@ -18,6 +18,8 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from megatron_nsr.config import Config
 from megatron_nsr.launch.cluster import Cluster
 from megatron_nsr.launch.source import Source
@@ -86,6 +88,21 @@ class JobDirectory:
         """The exit status that a rank left, None where none did."""
         text = self.exit_status.read_text().strip() if self.exit_status.is_file() else ""
         return int(text) if text else None
+
+    def process(self) -> psutil.Process | None:
+        """What takes the signals of a job of this machine, None where it has ended.
+
+        Its number may be another process's by now: each of the commands that a job's process becomes names the job's directory.
+        """
+        try:
+            process = psutil.Process(int(self.pid.read_text()))
+            return process if any(self.path.name in word for word in process.cmdline()) else None
+        except (OSError, ValueError, psutil.Error):
+            return None
+
+    def runs(self) -> bool:
+        """Whether a job of this machine still runs."""
+        return self.status() is None and self.process() is not None
 
     def last_lines(self, count: int) -> list[str]:
         if not self.log.is_file():

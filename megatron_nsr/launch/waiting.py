@@ -5,7 +5,6 @@ May import: this package.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_nsr.launch.job import JobDirectory, JobRecord, progress
+from megatron_nsr.launch.last_words import MESSAGE, last_words
 from megatron_nsr.launch.nemo import ENDED
 
 POLL_S = 1.0
-LAST_LINES = 60  # torchrun alone adds 40 to what a rank said
-DONE, FAILED = 0, 1
+READ_LINES, SHOWN_LINES = 200, 40  # of the log's end
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 
 def wait_for(directory: JobDirectory, record: JobRecord, current: Callable[[], str], *, follow: bool) -> None:
@@ -31,7 +31,7 @@ def wait_for(directory: JobDirectory, record: JobRecord, current: Callable[[], s
     with _passing_signals_on(directory) if record.executor != "slurm" else _leaving_the_job(record):
         while True:
             state = current()
-            ended = state in ENDED or state == "ENDED"
+            ended = has_ended(state)
             if follow:
                 position = _print_from(directory, position)
             elif state != shown and not ended:
@@ -42,24 +42,34 @@ def wait_for(directory: JobDirectory, record: JobRecord, current: Callable[[], s
             time.sleep(POLL_S)
 
 
+def has_ended(state: str) -> bool:
+    """Whether a state, nemo-run's or ours of a job of this machine, is a last one."""
+    return state in ENDED or state == "ENDED"
+
+
 def exit_status(directory: JobDirectory, record: JobRecord, state: str, *, followed: bool) -> int:
     """The run's own exit status; where no rank left one, it was killed, unless the job itself succeeded elsewhere."""
     status = directory.status()
     if status is None:
         status = DONE if ENDED.get(state) else FAILED
-    if status in (1, 2) and not followed:
-        for line in directory.last_lines(LAST_LINES):
+    said = last_words(directory.last_lines(READ_LINES)) if status in (FAILED, WRONG_INPUT) else []
+    message = next((line for line in reversed(said) if MESSAGE in line), None)
+    if not followed and not (status == WRONG_INPUT and message):
+        for line in said[-SHOWN_LINES:]:
             print(line, file=sys.stderr)
     print(f"job {record.id}: exit status {status}; log {directory.log}", flush=True)
     print(progress(record.run), flush=True)
+    if message:
+        print(message, file=sys.stderr)
     return status
 
 
 def interrupt(directory: JobDirectory, slurm_job: str | None) -> None:
     """SIGTERM to the trainer. A job of Slurm: its script first, which then knows that it shall not queue again."""
     if slurm_job is None:
-        if directory.pid.is_file() and directory.status() is None:
-            os.kill(int(directory.pid.read_text()), signal.SIGTERM)
+        process = directory.process()
+        if process is not None and directory.status() is None:
+            process.terminate()
         return
     for options in (["--state=PENDING"], ["--state=RUNNING", "--batch", "--signal=TERM"], ["--state=RUNNING", "--signal=TERM"]):
         subprocess.run(["scancel", *options, slurm_job], check=False)

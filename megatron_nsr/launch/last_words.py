@@ -1,0 +1,31 @@
+"""What the end of a failed job's log says, without what torchrun adds to it.
+
+May import: the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+MESSAGE = "megatron-nsr: "  # what megatron_nsr.cli puts in front of one line about wrong input or lost servers
+TRACEBACK = "Traceback (most recent call last):"
+REPORT = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:"
+OF_TORCHRUN = re.compile(r"[IWE]\d{4} \S+ +\d+ (torch/distributed/|\S*[/.]torch[/.]distributed[/.])")
+
+
+def last_words(lines: Sequence[str]) -> list[str]:
+    """The lines without torchrun's notes and traceback, and without its report of the ranks where a rank said itself what was wrong.
+
+    A rank that was killed says nothing, and torchrun's report is all there is. Lines may have a rank in front, as srun's and SkyPilot's do.
+    """
+    report = next((index for index, line in enumerate(lines) if line.rstrip().endswith(REPORT)), None)
+    before = list(lines if report is None else lines[: _start_of_traceback(lines, report)])
+    said = [line for line in before if not OF_TORCHRUN.search(line)]
+    if report is None or any(MESSAGE in line or line.endswith(TRACEBACK) for line in said):
+        return said
+    return said + list(lines[report + 1 :])
+
+
+def _start_of_traceback(lines: Sequence[str], report: int) -> int:
+    return next((index for index in range(report, -1, -1) if lines[index].endswith(TRACEBACK)), report)
