@@ -6,13 +6,14 @@ May import: config, config_files, types.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megatron_nsr.config_files import describe_errors, read_values
 from megatron_nsr.config_sections import NonNegative, Positive, Section
@@ -24,7 +25,24 @@ SUBMITTED_BY = {
     "docker": ("docker", "install Docker, or take executor=local"),
     "skypilot": ("sky", "pip install skypilot, in an environment of its own, and put its sky on PATH"),
 }
-Name = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+NAME = "^[A-Za-z_][A-Za-z0-9_]*$"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("give a string or a number; what YAML reads as something else goes in quotes")
+    return value
+
+
+def _option(value: Any) -> Any:
+    if value is not True and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise ValueError("give a string, a whole number, or true for the bare option")
+    return value
+
+
+Name = Annotated[str, Field(pattern=NAME)]
+Value = Annotated[str | int | float, BeforeValidator(_plain)]
+Option = Annotated[str | int | Literal[True], BeforeValidator(_option)]
 
 
 class RolloutServers(Section):
@@ -38,7 +56,7 @@ class SlurmSettings(Section):
     qos: str | None = Field(None, description="sbatch --qos")
     time: str = Field("04:00:00", description="sbatch --time; a job that has not finished by then queues again and goes on")
     grace_s: NonNegative = Field(600, description="how long before that the trainer is told to write its checkpoint, seconds")
-    options: dict[str, str | int | Literal[True]] = Field(
+    options: dict[str, Option] = Field(
         default_factory=dict, description="further options of sbatch by their long names, as reservation: NAME; true gives the bare option"
     )
 
@@ -68,9 +86,7 @@ class Cluster(Section):
         None,
         description="the job's Python, by a name on its PATH or a path; null: launch's own, or python in an image or a cloud",
     )
-    environment: dict[Name, str | int | float] = Field(
-        default_factory=dict, description="environment variables of the job, for everybody to see"
-    )
+    environment: dict[Name, Value] = Field(default_factory=dict, description="environment variables of the job, for everybody to see")
     secrets: list[Name] = Field(
         default_factory=list,
         description="names of environment variables that the job gets with the values that they have where `launch` runs; values are never "
@@ -118,10 +134,28 @@ def load_cluster(path: Path | None, executor: str | None, overrides: Sequence[st
     Raises UserError naming the field, its value and what would be right.
     """
     chosen = [f"executor={executor}"] if executor else []
+    values = read_values(path, [*chosen, *overrides])
+    _check_secrets(values)
     try:
-        return Cluster.model_validate(read_values(path, [*chosen, *overrides]))
+        return Cluster.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path or 'cluster'}: {describe_errors(error, Cluster)}") from None
+
+
+def _check_secrets(values: Any) -> None:
+    """Raises UserError where secrets are more than names. pydantic's message would show them."""
+    secrets = values.get("secrets") if isinstance(values, dict) else None
+    if secrets is None or (isinstance(secrets, list) and all(isinstance(name, str) and re.match(NAME, name) for name in secrets)):
+        return
+    raise UserError(
+        "cluster.secrets: give names alone, as [WANDB_API_KEY]; their values come from the shell that launches (not shown here)"
+    )
+
+
+def unset_secrets(cluster: Cluster) -> str | None:
+    """What is wrong where a secret has no value in this shell."""
+    unset = [name for name in cluster.secrets if not os.environ.get(name)]
+    return f"cluster.secrets: {', '.join(unset)} not set in this shell; export it, or leave it out of secrets" if unset else None
 
 
 def check_here(cluster: Cluster) -> None:
@@ -129,5 +163,5 @@ def check_here(cluster: Cluster) -> None:
     program, remedy = SUBMITTED_BY.get(cluster.executor, (None, ""))
     if program and shutil.which(program) is None:
         raise UserError(f"cluster.executor={cluster.executor}: there is no {program} here; {remedy}")
-    if unset := [name for name in cluster.secrets if not os.environ.get(name)]:
-        raise UserError(f"cluster.secrets: {', '.join(unset)} not set in this shell; export it, or leave it out of secrets")
+    if problem := unset_secrets(cluster):
+        raise UserError(problem)

@@ -5,13 +5,14 @@ May import: this package, config, config_files, observability, types.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nsr.config import Config
 from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.launch import nemo, scripts, skypilot
-from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides, unset_secrets
 from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
 from megatron_nsr.launch.source import find_source
 from megatron_nsr.launch.waiting import exit_status, has_ended, interrupt, wait_for
@@ -36,6 +37,8 @@ def launch(
     job = plan_job(config, overrides, cluster_file=cluster_file, executor=executor, dry_run=dry_run, uncommitted=uncommitted)
     if dry_run:
         print(describe(job), end="")
+        if problem := unset_secrets(job.cluster):
+            print(f"megatron-nsr: launch will refuse this: {problem}", file=sys.stderr)
         return 0
     if detach and job.cluster.executor != "slurm":
         raise UserError(

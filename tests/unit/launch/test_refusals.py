@@ -52,7 +52,12 @@ def plan(*overrides: str, executor: str | None = None, uncommitted: bool = False
         ("docker", ["cluster.rollout.nodes=1", IMAGE], "cluster: rollout: only executor=slurm starts rollout servers"),
         ("slurm", ["cluster.rollout.node=1"], "rollout.node: no such key; did you mean nodes?"),
         ("slurm", ["cluster.mounts=[/data]"], "cluster: mounts: nothing is mounted without a container"),
-        ("slurm", ["cluster.secrets=[A-B]"], "cluster: secrets[0]='A-B'"),
+        (None, ["cluster.environment.A=true"], "cluster: environment.A=True: give a string or a number"),
+        (
+            "slurm",
+            ["cluster.slurm.options.exclusive=false"],
+            "cluster: slurm.options.exclusive=False: give a string, a whole number, or true",
+        ),
         ("slurm", ["cluster.secrets=[A]", "cluster.environment.A=1"], "cluster: secrets: A stands in environment too"),
         (
             "docker",
@@ -94,6 +99,21 @@ def test_outside_a_checkout_only_what_is_installed_can_run(tmp_path: Path, monke
     with pytest.raises(UserError, match="no git checkout with a commit; launch from one, or with --uncommitted"):
         find_source(tmp_path, uncommitted=False)
     assert find_source(tmp_path, uncommitted=True) is None
+
+
+@pytest.mark.parametrize("secrets", ["[KEY=sesame]", "{KEY: sesame}", "[{KEY: sesame}]", "sesame", "[a-sesame]", "[[sesame]]"])
+def test_a_secret_s_value_is_never_repeated(tmp_path: Path, secrets: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(f"secrets: {secrets}\n")
+    for path, overrides in ((tmp_path / "cluster.yaml", []), (None, [f"secrets={secrets}"])):
+        with pytest.raises(UserError, match="cluster.secrets: give names alone") as refused:
+            load_cluster(path, None, overrides)
+        assert "sesame" not in str(refused.value)
+
+
+def test_a_dry_run_warns_of_a_secret_that_is_not_set(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["cluster.secrets=[NOT_SET_ANYWHERE]"]
+    assert launch(CONFIG, overrides, cluster_file=None, executor=None, dry_run=True, detach=False, follow=False, uncommitted=False) == 0
+    assert "launch will refuse this: cluster.secrets: NOT_SET_ANYWHERE not set in this shell" in capsys.readouterr().err
 
 
 def test_a_secret_that_is_set_passes(monkeypatch: pytest.MonkeyPatch) -> None:
