@@ -17,7 +17,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.evaluation.benchmarks import Evaluation
 from megatron_nsr.experience import Experience
 from megatron_nsr.observability.environment import describe_environment
-from megatron_nsr.observability.loggers import Loggers, MetricLogger, build_loggers
+from megatron_nsr.observability.loggers import Loggers, MetricLogger, build_loggers, check_loggers
 from megatron_nsr.observability.run_directory import RunDirectory, flat_config, open_run, write_json
 from megatron_nsr.observability.samples import sample_rows, write_samples
 from megatron_nsr.observability.state import Status, read_state, write_state
@@ -37,9 +37,10 @@ class Progress:
         self.steps: Callable[[], int] | None = None
 
     def started(self, config: Config, steps: Callable[[], int]) -> None:
-        """Makes the run directory: the input has proved right. steps: tells the completed steps at any later moment."""
-        if self.writes:
-            open_run(config)
+        """Makes the run directory: the input has proved right. steps: tells the completed steps at any later moment. A collective call."""
+        with distributed.rank_0_speaks_for_all():
+            if self.writes:
+                open_run(config)
         self.steps = steps
         if self.writes:
             write_json(self.run.environment, describe_environment())
@@ -100,22 +101,37 @@ def reporting_state(run: RunDirectory) -> Iterator[Progress]:
         raise
 
 
-def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> Loggers:
+def require_loggers(config: Config) -> None:
+    """Before the slow start: raises UserError, on every rank, where rank 0 finds that a chosen logger is missing or cannot start."""
     settings = config.logging
-    loggers = build_loggers(
-        run,
-        rank=distributed.rank(),
-        title=Path(config.run.dir).name,
-        steps=config.run.steps,
-        completed_steps=completed_steps,
-        tensorboard=settings.tensorboard,
-        wandb=settings.wandb,
-        wandb_project=settings.wandb_project,
-        mlflow=settings.mlflow,
-        mlflow_experiment=settings.mlflow_experiment,
-        prometheus_port=settings.prometheus_port,
-        config=flat_config(config),
-    )
+    with distributed.rank_0_speaks_for_all():
+        if distributed.launched_rank() == 0:
+            check_loggers(
+                wandb=settings.wandb,
+                mlflow=settings.mlflow,
+                mlflow_experiment=settings.mlflow_experiment,
+                prometheus_port=settings.prometheus_port,
+            )
+
+
+def open_loggers(run: RunDirectory, config: Config, *, completed_steps: int) -> Loggers:
+    """Starts the loggers on rank 0. A collective call. Raises UserError, on every rank, where one has become impossible since the start."""
+    settings = config.logging
+    with distributed.rank_0_speaks_for_all():
+        loggers = build_loggers(
+            run,
+            rank=distributed.rank(),
+            title=Path(config.run.dir).name,
+            steps=config.run.steps,
+            completed_steps=completed_steps,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb,
+            wandb_project=settings.wandb_project,
+            mlflow=settings.mlflow,
+            mlflow_experiment=settings.mlflow_experiment,
+            prometheus_port=settings.prometheus_port,
+            config=flat_config(config),
+        )
     return Loggers((loggers, StateLogger(run))) if distributed.rank() == 0 else loggers
 
 

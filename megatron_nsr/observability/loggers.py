@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,10 +98,9 @@ class WandbLogger:
     """A Weights & Biases run, online or written to RUN/wandb for a later `wandb sync`; one run id for the life of the directory."""
 
     def __init__(self, run: RunDirectory, *, mode: Literal["offline", "online"], project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(f"logging.wandb={mode}: the package wandb is not installed; install it or set logging.wandb=disabled") from None
+        self.check(mode)
+        import wandb
+
         self._run = wandb.init(
             project=project,
             name=run.path.name,
@@ -113,6 +113,12 @@ class WandbLogger:
         )
         # Our own step as the x-axis: wandb's counter may not go back, and a resumed run repeats steps after its checkpoint.
         self._run.define_metric("*", step_metric="step")
+
+    @staticmethod
+    def check(mode: str) -> None:
+        """Raises UserError where wandb is not installed."""
+        if find_spec("wandb") is None:
+            raise UserError(f"logging.wandb={mode}: the package wandb is not installed; install it or set logging.wandb=disabled")
 
     def log(self, metrics: StepMetrics) -> None:
         self._run.log({"step": metrics.step, **metrics.values})
@@ -166,6 +172,22 @@ def summarise(metrics: StepMetrics) -> str:
     """The few numbers of a step that a person watches, on one line."""
     shown = [(label, form, metrics.values[name]) for name, label, form in CONSOLE_METRICS if name in metrics.values]
     return " ".join(f"{label} {form.format(float(value))}" for label, form, value in shown)
+
+
+def check_loggers(
+    *, wandb: Literal["disabled", "offline", "online"], mlflow: str | None, mlflow_experiment: str, prometheus_port: int | None
+) -> None:
+    """Raises UserError where a chosen logger is not installed or could not start now; makes nothing, here or on a server."""
+    if prometheus_port is not None:
+        from megatron_nsr.observability.prometheus_logger import PrometheusLogger
+
+        PrometheusLogger.check(prometheus_port)
+    if wandb != "disabled":
+        WandbLogger.check(wandb)
+    if mlflow is not None:
+        from megatron_nsr.observability.mlflow_logger import connected
+
+        connected(mlflow, mlflow_experiment)
 
 
 def build_loggers(

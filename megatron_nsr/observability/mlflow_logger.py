@@ -32,22 +32,14 @@ class MlflowLogger:
     def __init__(
         self, run: RunDirectory, *, uri: str, experiment: str, steps: int, completed_steps: int, config: Mapping[str, Any]
     ) -> None:
-        for name, value in RETRIES.items():
-            os.environ.setdefault(name, value)
-        try:
-            from mlflow import MlflowClient
-            from mlflow.entities import Metric, Param
-            from mlflow.exceptions import MlflowException
-        except ImportError:
-            raise UserError(
-                f"logging.mlflow={uri}: the package mlflow-skinny is not installed; "
-                "pip install 'megatron_nsr[mlflow]', or set logging.mlflow=null"
-            ) from None
+        self._client = connected(uri, experiment)
+        from mlflow.entities import Metric, Param
+        from mlflow.exceptions import MlflowException
+
         self._metric, self._param, self._refusal = Metric, Param, MlflowException
         self._steps, self._step = steps, completed_steps
         self._pending: list[Any] = []
         try:
-            self._client = MlflowClient(tracking_uri=uri)
             self._run_id = self._known_run(run) or self._new_run(run, experiment, config)
         except MlflowException as error:
             raise UserError(f"logging.mlflow={uri}: {_one_line(error)}") from None
@@ -98,6 +90,29 @@ class MlflowLogger:
                 del self._pending[:METRICS_PER_BATCH]
         except Exception as error:  # a tracker must not end a run, and MLflow's stores raise whatever they meet, a bare Exception too
             _warn(f"it did not take the metrics of step {self._step}, which are sent again with the next: {_one_line(error)}")
+
+
+def connected(uri: str, experiment: str) -> Any:
+    """A client of the server at `uri`, which answered when it was asked for the experiment; nothing is made there.
+
+    Raises UserError where mlflow is not installed or the server does not answer.
+    """
+    for name, value in RETRIES.items():
+        os.environ.setdefault(name, value)
+    try:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+    except ImportError:
+        raise UserError(
+            f"logging.mlflow={uri}: the package mlflow-skinny is not installed; "
+            "pip install 'megatron_nsr[mlflow]', or set logging.mlflow=null"
+        ) from None
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.get_experiment_by_name(experiment)
+    except MlflowException as error:
+        raise UserError(f"logging.mlflow={uri}: {_one_line(error)}") from None
+    return client
 
 
 def mlflow_name(name: str) -> str:

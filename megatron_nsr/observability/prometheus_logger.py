@@ -32,6 +32,11 @@ class PrometheusLogger:
         except OSError as error:
             raise UserError(f"logging.prometheus_port={port}: cannot listen on it ({error.strerror}); choose a free port") from None
 
+    @staticmethod
+    def check(port: int) -> None:
+        """Raises UserError where the port cannot be listened on now."""
+        PrometheusLogger(port=port, run="").close()
+
     def log(self, metrics: StepMetrics) -> None:
         # A new dictionary, as the server's thread may be reading the old one.
         self._values = {**self._values, "step": metrics.step, **{name: float(value) for name, value in metrics.values.items()}}

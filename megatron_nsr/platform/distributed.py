@@ -1,17 +1,21 @@
 """Starts and ends torch.distributed, for torchrun and for a single process alike.
 
-May import: torch and the standard library.
+May import: types, torch and the standard library.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_nsr.types import UserError
 
 # A rank may grade or sample for a long time while the others wait in a collective.
 TIMEOUT = timedelta(hours=2)
@@ -80,6 +84,24 @@ def all_gather_object(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextmanager
+def rank_0_speaks_for_all() -> Iterator[None]:
+    """Raises a UserError of rank 0's block on every rank: what rank 0 alone does and finds wrong must not leave the others waiting for it.
+
+    Initialises the process group where there are several ranks. A collective call; the block itself must make none.
+    """
+    if launched_world_size() > 1:
+        init_process_group()
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    told = broadcast_object(problem)
+    if told is not None:
+        raise told
 
 
 def barrier() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_nsr import cli
-from tests.integration.small_run import CONFIGS, REPOSITORY, Small, snapshot
+from tests.integration.small_run import CONFIGS, REPOSITORY, TIMEOUT_S, Small, snapshot
 
 Refuse = Callable[[Sequence[str]], str]
 
@@ -265,6 +266,27 @@ def test_another_rank_says_that_it_is_another(small: Small, refuse: Refuse, monk
     monkeypatch.setattr(cli, "RANK_0_SPEAKS_FIRST_S", 0.0)
     monkeypatch.setenv("RANK", "1")
     assert refuse(small.nsr(small.root / "new", "objective.nam=nsr")).startswith("rank 1: config: objective.nam: no such key")
+
+
+def test_what_rank_0_alone_finds_wrong_ends_every_rank_alike(small: Small, tmp_path: Path) -> None:
+    """Two ranks as Slurm starts them: no torchrun ends the second one, which would wait for the first, or fail without it."""
+    with socket.socket() as taken, socket.socket() as meeting:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        meeting.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        meeting.close()
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "megatron_nsr", *small.nsr(tmp_path / "run", f"logging.prometheus_port={port}")]
+        ranks = [
+            subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | place | {"RANK": rank}, text=True, stderr=subprocess.PIPE)
+            for rank in ("0", "1")
+        ]
+        said = [rank.communicate(timeout=TIMEOUT_S)[1].splitlines()[-1] for rank in ranks]
+    problem = f"logging.prometheus_port={port}: cannot listen on it (Address already in use); choose a free port"
+    assert said == [f"megatron-nsr: {problem}", f"megatron-nsr: rank 1: {problem}"]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_key_is_reported_by_a_process_that_has_imported_nothing_heavy(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_nsr.observability.mlflow_logger import MlflowLogger, mlflow_name
+from megatron_nsr.observability.mlflow_logger import MlflowLogger, connected, mlflow_name
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.types import StepMetrics, UserError
 
@@ -104,6 +104,8 @@ def test_a_server_that_does_not_answer_is_wrong_input(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match=r"^logging\.mlflow=http://127\.0\.0\.1:9: .*[Cc]onnection refused"):
         logger(tmp_path, tmp_path / "nsr", uri="http://127.0.0.1:9")
     assert list((tmp_path / "nsr").iterdir()) == []
+    with pytest.raises(UserError, match=r"^logging\.mlflow=http://127\.0\.0\.1:9: .*[Cc]onnection refused"):
+        connected("http://127.0.0.1:9", "e")
 
 
 def test_without_mlflow_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
