@@ -255,6 +255,7 @@ def plan(
     """Memory, time and what bounds a step, before anything is started; exit status 1 where it does not fit."""
 
     def work() -> int:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it as it ends other programs, without a traceback
         from megatron_nsr.config_files import load_config
 
         settings = load_config(config, overrides)

@@ -113,7 +113,7 @@ def test_a_reader_is_told_what_does_not_fit_what_would_and_what_was_left_out(cap
     config = load_config(SCALE / "qwen2.5_32b_4x8.yaml", ["logging.probe_every=5"])
     assert not show_plan(config, gpus=16, gpu="h100")
     printed = capsys.readouterr().out
-    assert "does not fit: 22.8 GiB over 79 GiB at the update, because of gradients 30.5" in printed
+    assert "does not fit: 50.6 GiB over 79 GiB at the update on pipeline stage 0, because of activations 56.5" in printed
     assert "it would fit with: training.offload=all training.recompute=full\n" in printed
     assert "not in these numbers: logging.probe_every=5\n" in printed
     assert "(this config, which does not fit)" in printed and "e+0" not in printed
