@@ -44,7 +44,7 @@ def render(results: Sequence[Result]) -> str:
     """Markdown: what has not run, then every part with its goals, limits, figures and checks."""
     if not results:
         return NOTHING + "\n"
-    missing = [part for part in PARTS if part not in {result["part"] for result in results}]
+    missing = [part for part in PARTS if part not in {result["part"] for result in results if "not run" not in result}]
     parts = [f"**Not run yet**: {', '.join(f'`{part}`' for part in missing)}." if missing else "All parts have run."]
     return "\n\n".join([*parts, *map(_section, results)]) + "\n"
 

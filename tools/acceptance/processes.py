@@ -1,6 +1,6 @@
 """Starts programs of this repository in processes of their own: an engine, a policy or Triton's interpreter changes its process.
 
-May import: the standard library.
+May import: psutil, the standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of a process's own, not of those that it starts
@@ -43,9 +45,16 @@ def started(command: Sequence[str], log: Path | None = None, changes: Mapping[st
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process and all that it started. The session's leader may be gone while others of it live."""
+    """Kills the process and all that it started, in sessions of their own too: a part that is killed cannot end its own programs.
+
+    The session's leader may be gone while others of it live.
+    """
+    others = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for other in others:
+        with suppress(psutil.NoSuchProcess):
+            other.kill()
     process.wait()
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +22,7 @@ from megatron_nsr.planning.workload import Lengths, Workload
 from megatron_nsr.training.packing import pack
 from megatron_nsr.types import Trajectory, WeightedSample
 from tools import gpu_acceptance
-from tools.acceptance import head, page, part, sampled
+from tools.acceptance import head, page, part, processes, sampled
 from tools.acceptance.flops import update_flops
 from tools.acceptance.record import Goal, NotRun, Record, Step
 from tools.acceptance.results import read, short_name
@@ -176,6 +178,24 @@ def test_a_part_that_takes_too_long_is_killed_and_fails(monkeypatch: pytest.Monk
     assert run_program(monkeypatch, "--dry", "--part", "head", "--json", tmp_path) == 1
     found = read(tmp_path / "dry-head.json")
     assert not found["holds"] and found["error"] == "took longer than 0 s"
+
+
+def test_what_a_killed_part_had_started_is_killed_too(tmp_path: Path) -> None:
+    nested = (
+        f"from tools.acceptance.processes import run; run(['sleep', '600'], __import__('pathlib').Path({str(tmp_path / 'log')!r}), 600)"
+    )
+    with processes.started(processes.python("-c", nested)) as started:
+        while not (inner := psutil.Process(started.pid).children()):
+            assert started.poll() is None
+            time.sleep(0.01)
+    assert not psutil.wait_procs(inner, timeout=60)[1]
+
+
+def test_a_part_that_did_not_run_is_not_said_to_have_run() -> None:
+    ran = [{"part": name, "dry": False, "device": None, "goals": [], "steps": {}} for name in part.PARTS]
+    assert page.render(ran).startswith("All parts have run.")
+    lacking = [found | ({"not run": "no Transformer Engine"} if found["part"] == "te" else {}) for found in ran]
+    assert page.render(lacking).startswith("**Not run yet**: `te`.")
 
 
 def test_without_a_gpu_a_part_is_not_run_and_says_so(tmp_path: Path) -> None:
