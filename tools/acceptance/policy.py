@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -199,8 +200,9 @@ def fused_accumulation(step: Step, model: Path, settings: Settings) -> None:
         update_on(actor, [batch], 0.0)  # two micro-batches below: accumulation is what is asked about
         update_on(actor, [batch, batch], 0.0)
         found.append({name: gradient.cpu() for name, gradient in hf_gradients(actor, shape).items()})
-        seconds[kind] = min(wall_seconds(backend.device, lambda a=actor, b=batch: update_on(a, [b, b], 0.0)) for _ in range(5))  # type: ignore[misc]
-        del actor
+        update = partial(update_on, actor, [batch, batch], 0.0)
+        seconds[kind] = min(wall_seconds(backend.device, update) for _ in range(5))
+        del actor, update
         gc.collect()
         free_device_memory()
     step.figure(update_seconds=seconds)

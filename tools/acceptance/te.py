@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,13 +139,14 @@ def speed(record: Record, settings: Settings, work: Path, device: torch.device) 
                 actor, shape = build_policy_of(policy_config(model, model={"initialization": "random", "dtype": "bfloat16", **fp8}))
             samples = made_up(shape.vocab_size, settings.speed_prompt, (settings.speed_response,) * 4, seed=3)
             batches = [packed(samples, actor) for _ in range(settings.micro_batches)]
-            taken = [wall_seconds(device, lambda a=actor, b=batches: update_on(a, b, 1e-5)) for _ in range(7)][2:]  # type: ignore[misc]
+            update = partial(update_on, actor, batches, 1e-5)
+            taken = [wall_seconds(device, update) for _ in range(7)][2:]
             seconds[name] = statistics.median(taken)
             rate = update_flops(shape, batches) / seconds[name] / 1e12
             step.figure(seconds=taken, tokens_a_micro_batch=len(batches[0].tokens), model_tflops=rate)
             if "bf16_tflops" in record.limits:
                 step.figure(share_of_measured_bf16_products=rate / record.limits["bf16_tflops"])
-            del actor
+            del actor, update
             gc.collect()
             free_device_memory()
     ran = [seconds["bf16"] / value for name, value in seconds.items() if name != "bf16"] if "bf16" in seconds else []

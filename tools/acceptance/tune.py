@@ -9,6 +9,7 @@ import importlib
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def run(record: Record, work: Path) -> None:
 
 def head_chunks(step: Step, settings: Settings, problem: Problem, device: torch.device) -> None:
     """Forward and backward of the head with each chunk; `default` is the key's null."""
-    sweep: dict[str, Callable[[], Tensor]] = {"default": lambda: head_loss(problem, None)}
-    sweep |= {str(chunk): (lambda chunk=chunk: head_loss(problem, chunk)) for chunk in settings.chunks}  # type: ignore[misc]
+    sweep: dict[str, Callable[[], Tensor]] = {"default": partial(head_loss, problem, None)}
+    sweep |= {str(chunk): partial(head_loss, problem, chunk) for chunk in settings.chunks}
     swept(step, sweep, device)
 
 
