@@ -25,6 +25,7 @@ SUBMITTED_BY = {
     "docker": ("docker", "install Docker, or take executor=local"),
     "skypilot": ("sky", "pip install skypilot, in an environment of its own, and put its sky on PATH"),
 }
+NAMES_ALONE = "cluster.secrets: give names alone, as [WANDB_API_KEY]; values come from the shell that launches"
 NAME = "^[A-Za-z_][A-Za-z0-9_]*$"
 
 
@@ -134,6 +135,10 @@ def load_cluster(path: Path | None, executor: str | None, overrides: Sequence[st
     Raises UserError naming the field, its value and what would be right.
     """
     chosen = [f"executor={executor}"] if executor else []
+    try:
+        read_values(None, [item for item in overrides if item.startswith("secrets")])
+    except UserError:  # its message has a piece of what cannot be read
+        raise UserError(NAMES_ALONE) from None
     values = read_values(path, [*chosen, *overrides])
     _check_secrets(values)
     try:
@@ -147,9 +152,7 @@ def _check_secrets(values: Any) -> None:
     secrets = values.get("secrets") if isinstance(values, dict) else None
     if secrets is None or (isinstance(secrets, list) and all(isinstance(name, str) and re.match(NAME, name) for name in secrets)):
         return
-    raise UserError(
-        "cluster.secrets: give names alone, as [WANDB_API_KEY]; their values come from the shell that launches (not shown here)"
-    )
+    raise UserError(NAMES_ALONE)
 
 
 def unset_secrets(cluster: Cluster) -> str | None:

@@ -104,8 +104,8 @@ def test_outside_a_checkout_only_what_is_installed_can_run(tmp_path: Path, monke
 @pytest.mark.parametrize("secrets", ["[KEY=sesame]", "{KEY: sesame}", "[{KEY: sesame}]", "sesame", "[a-sesame]", "[[sesame]]"])
 def test_a_secret_s_value_is_never_repeated(tmp_path: Path, secrets: str) -> None:
     (tmp_path / "cluster.yaml").write_text(f"secrets: {secrets}\n")
-    for path, overrides in ((tmp_path / "cluster.yaml", []), (None, [f"secrets={secrets}"])):
-        with pytest.raises(UserError, match="cluster.secrets: give names alone") as refused:
+    for path, overrides in ((tmp_path / "cluster.yaml", []), (None, [f"secrets={secrets}"]), (None, [f"secrets=[{secrets}"])):
+        with pytest.raises(UserError, match=r"cluster\.secrets: give names alone") as refused:
             load_cluster(path, None, overrides)
         assert "sesame" not in str(refused.value)
 
