@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from megatron_nsr.config_files import describe_errors, read_values
 from megatron_nsr.config_sections import NonNegative, Positive, Section
@@ -51,6 +51,28 @@ class RolloutServers(Section):
     servers_per_node: Positive = Field(1, description="servers a node; each takes rollout.tensor_parallel of its GPUs")
 
 
+# sbatch: MINUTES[:SECONDS], HOURS:MINUTES:SECONDS or DAYS-HOURS[:MINUTES[:SECONDS]]
+TIME = re.compile(r"(?P<m>\d+)(:(?P<s>\d+))?|(?P<H>\d+):(?P<M>\d+):(?P<S>\d+)|(?P<d>\d+)-(?P<h>\d+)(:(?P<n>\d+)(:(?P<t>\d+))?)?")
+SECONDS = {"d": 86400, "h": 3600, "H": 3600, "m": 60, "M": 60, "n": 60, "s": 1, "S": 1, "t": 1}
+UNLIMITED = ("UNLIMITED", "INFINITE")
+# What the job's script sets itself, and the key that says it.
+OWN_OPTIONS = {
+    **{name: f"slurm.{name}" for name in ("account", "partition", "qos", "time")},
+    **{"nodes": "nodes", "gpus-per-node": "gpus_per_node", "ntasks-per-node": "processes_per_node", "ntasks": "processes_per_node"},
+    **{"signal": "slurm.grace_s", "job-name": "run.dir", "output": "run.dir", "open-mode": "run.dir"},
+}
+
+
+def _seconds(time: str) -> float:
+    """Of a time as sbatch reads it. Raises ValueError where it does not."""
+    if time in UNLIMITED:
+        return float("inf")
+    found = TIME.fullmatch(time)
+    if found is None:
+        raise ValueError("give it as sbatch takes it: minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+    return sum(SECONDS[name] * int(number) for name, number in found.groupdict().items() if number)
+
+
 class SlurmSettings(Section):
     account: str | None = Field(None, description="sbatch --account")
     partition: str | None = Field(None, description="sbatch --partition")
@@ -60,6 +82,27 @@ class SlurmSettings(Section):
     options: dict[str, Option] = Field(
         default_factory=dict, description="further options of sbatch by their long names, as reservation: NAME; true gives the bare option"
     )
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _a_time(cls, time: Any) -> Any:
+        if not isinstance(time, str):
+            raise ValueError('write it in quotes, as "12:00:00": YAML takes some times for numbers')
+        _seconds(time)
+        return time
+
+    @field_validator("options")
+    @classmethod
+    def _ours_left_alone(cls, options: dict[str, Any]) -> dict[str, Any]:
+        names = [key.replace("_", "-").lstrip("-") for key in options]
+        for key, name in zip(options, names, strict=True):
+            if name in OWN_OPTIONS:
+                raise ValueError(f"{key} is set by {OWN_OPTIONS[name]}; leave it out")
+            if len(name) == 1 or key.startswith("-"):
+                raise ValueError(f"{key}: give an option's long name, without dashes in front")
+            if names.count(name) > 1:
+                raise ValueError(f"{name} stands there twice, as {' and '.join(key for key in options if key.replace('_', '-') == name)}")
+        return options
 
 
 class SkypilotSettings(Section):
@@ -116,8 +159,17 @@ class Cluster(Section):
             )
         if self.executor == "docker" and not self.image:
             raise ValueError("image: required with executor=docker, but not given")
+        if self.gpus_per_node and self.ranks_per_node > self.gpus_per_node:
+            raise ValueError(
+                f"processes_per_node={self.processes_per_node}: more than gpus_per_node={self.gpus_per_node}, and a rank takes a GPU"
+            )
         if self.mounts and not self.image and self.executor != "skypilot":
             raise ValueError("mounts: nothing is mounted without a container; give an image, or leave them out")
+        if self.executor == "slurm" and self.slurm.grace_s >= _seconds(self.slurm.time):
+            raise ValueError(
+                f"slurm.grace_s={self.slurm.grace_s} is not less than slurm.time={self.slurm.time}: the run would be told to stop when it "
+                "starts, and queue again for ever"
+            )
         if both := set(self.secrets) & set(self.environment):
             raise ValueError(f"secrets: {', '.join(sorted(both))} stands in environment too; leave it in one")
         return self

@@ -1,6 +1,6 @@
 """`megatron-nsr launch`: from a config and a cluster to a job that runs, and to its exit status.
 
-May import: this package, config, config_files, observability, types.
+May import: this package, config, config_files, models, rollout, observability, types.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_nsr.config import Config
 from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.launch import nemo, scripts, skypilot
-from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides, unset_secrets
+from megatron_nsr.launch.cluster import check_here, load_cluster, split_overrides, unset_secrets
+from megatron_nsr.launch.fits import check_fits
 from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
+from megatron_nsr.launch.mounts import check_in_buckets, check_mounted
 from megatron_nsr.launch.source import find_source
 from megatron_nsr.launch.waiting import exit_status, has_ended, interrupt, wait_for
 from megatron_nsr.types import UserError
@@ -63,11 +64,12 @@ def plan_job(
     cluster = load_cluster(cluster_file, executor, of_cluster)
     settings = load_config(config, [*own, *(SERVERS_TO_COME if cluster.rollout else [])])
     cwd = Path.cwd()
-    job = new_job(settings, cluster, find_source(cwd, uncommitted=uncommitted), cwd, dry_run=dry_run)
     if cluster.executor == "skypilot":
-        skypilot.check_mounted(job)
+        check_in_buckets(settings, cluster)
     elif cluster.image:
-        _check_mounted(settings, cluster, cwd)
+        check_mounted(settings, cluster, cwd)
+    check_fits(settings, cluster, cwd)
+    job = new_job(settings, cluster, find_source(cwd, uncommitted=uncommitted), cwd, dry_run=dry_run)
     if not dry_run:
         check_here(cluster)
     return job
@@ -144,13 +146,3 @@ def _state(identity: str) -> str:
     if record.executor == "slurm":
         return nemo.state(record)[0]
     return "RUNNING" if directory.runs() else "ENDED"
-
-
-def _check_mounted(config: Config, cluster: Cluster, cwd: Path) -> None:
-    """A path that the container does not see is found here, and not by a job that has queued for a day."""
-    targets = [cwd, *(Path(mount.rpartition(":")[2]) for mount in cluster.mounts)]
-    paths = {"run.dir": config.run.dir, "model.path": config.model.path, "data.train": config.data.train}
-    paths |= {f"evaluation.benchmarks.{name}": path for name, path in config.evaluation.benchmarks.items()}
-    for field, path in paths.items():
-        if path is not None and not any((cwd / path).is_relative_to(target) for target in targets):
-            raise UserError(f"{field}={path}: the container does not see it; add its directory to cluster.mounts")

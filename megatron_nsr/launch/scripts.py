@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from megatron_nsr.launch.job import Job
+from megatron_nsr.launch.mounts import split_mount
 
 SHUTDOWN_S = 1800  # torchrun's time between a signal and killing the ranks: for the step they are in, and its checkpoint
 FIRST_SERVER_PORT = 8000
@@ -138,8 +139,8 @@ def skypilot_command(job: Job) -> str:
 
 def container_mounts(job: Job) -> list[str]:
     """SOURCE:PATH of everything that a container sees: the working directory, the job's directory and what the user adds."""
-    paths = [str(job.cwd), str(job.directory.path), *job.cluster.mounts]
-    return list(dict.fromkeys(path if ":" in path else f"{path}:{path}" for path in paths))
+    mounts = [split_mount(mount, job.cwd) for mount in (str(job.cwd), str(job.directory.path), *job.cluster.mounts)]
+    return list(dict.fromkeys(f"{source}:{target}" for source, target in mounts))
 
 
 def _surroundings(job: Job) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from megatron_nsr.launch.job import Job, JobDirectory
-from megatron_nsr.types import UserError
+from megatron_nsr.launch.mounts import split_bucket
 
 REMOTE = Path("/tmp/megatron_nsr")
 
@@ -34,8 +34,8 @@ def task(job: Job) -> str:
     }
     mounts: dict[str, Any] = {str(there.directory.path): str(job.directory.path)}
     for mount in cluster.mounts:
-        bucket, _, path = mount.rpartition(":")
-        mounts[path] = {"source": bucket, "mode": "MOUNT"}
+        bucket, path = split_bucket(mount)
+        mounts[str(path)] = {"source": bucket, "mode": "MOUNT"}
     values = {
         "name": job.title,
         "num_nodes": cluster.nodes,
@@ -44,16 +44,3 @@ def task(job: Job) -> str:
         "run": f"bash {there.directory.path / 'train.sh'}\n",
     }
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def check_mounted(job: Job) -> None:
-    """Raises UserError where a mount is no bucket, or run.dir lies in none: SkyPilot's machines go when the job ends."""
-    targets = []
-    for mount in job.cluster.mounts:
-        bucket, _, path = mount.rpartition(":")
-        if "://" not in bucket or not path.startswith("/"):
-            raise UserError(f"cluster.mounts: {mount} is no bucket and path; with executor=skypilot write s3://name:/path")
-        targets.append(Path(path))
-    run = Path(job.config.run.dir)
-    if not any(run.is_relative_to(target) for target in targets):
-        raise UserError(f"run.dir={run}: lies in none of cluster.mounts, and SkyPilot's machines go with the job; mount a bucket there")

@@ -30,14 +30,19 @@ def validate_layout(parallel: ParallelConfig, shape: ModelShape, world_size: int
     if shape.num_layers % (pipeline * virtual):
         chunks = f"parallel.pipeline={pipeline}" + (f" x parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
         raise UserError(f"{chunks} does not divide num_hidden_layers={shape.num_layers}")
-    replica = tensor * parallel.context * pipeline
+    validate_ranks(parallel, world_size)
+    _validate_experts(parallel, shape.moe, world_size // pipeline)
+
+
+def validate_ranks(parallel: ParallelConfig, world_size: int) -> None:
+    """What can be said before the model is known. Raises UserError unless copies of the model fill the world."""
+    replica = parallel.tensor * parallel.context * parallel.pipeline
     if world_size % replica:
         context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor={tensor}{context} x parallel.pipeline={pipeline} does not divide the {world_size} "
+            f"parallel.tensor={parallel.tensor}{context} x parallel.pipeline={parallel.pipeline} does not divide the {world_size} "
             f"process{'es' if world_size > 1 else ''} of this run; start a multiple of {replica}"
         )
-    _validate_experts(parallel, shape.moe, world_size // pipeline)
 
 
 def _validate_experts(parallel: ParallelConfig, moe: MixtureOfExperts | None, stage_ranks: int) -> None:

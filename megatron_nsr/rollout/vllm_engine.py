@@ -27,11 +27,11 @@ from megatron_nsr.rollout.vllm_options import check_head_size, config_overrides,
 from megatron_nsr.types import UserError
 
 
-def check_tensor_parallel(tensor_parallel: int, *, world_size: int, attention_heads: int) -> None:
-    """Raises UserError unless groups of `tensor_parallel` ranks fill the world and divide the heads."""
+def check_tensor_parallel(tensor_parallel: int, *, world_size: int, attention_heads: int | None) -> None:
+    """Raises UserError unless groups of `tensor_parallel` ranks fill the world and divide the heads, where those are known."""
     if world_size % tensor_parallel:
         raise UserError(f"rollout.tensor_parallel={tensor_parallel} does not divide the number of processes, {world_size}")
-    if attention_heads % tensor_parallel:
+    if attention_heads is not None and attention_heads % tensor_parallel:
         raise UserError(f"rollout.tensor_parallel={tensor_parallel} does not divide num_attention_heads={attention_heads}")
 
 

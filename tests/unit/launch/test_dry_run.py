@@ -25,7 +25,10 @@ CASES: dict[str, list[str]] = {
     "docker": [],
     "slurm": [],
     "slurm_disaggregated": ["rollout.tensor_parallel=4"],
-    "skypilot": ["run.dir=/runs/nsr"],
+    "skypilot": [
+        *("run.dir=/runs/nsr", "model.path=/models/base", "data.train=/data/train.jsonl"),
+        "evaluation.benchmarks.puzzle=/data/test.jsonl",
+    ],
 }
 
 

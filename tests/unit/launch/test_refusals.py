@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,32 @@ def plan(*overrides: str, executor: str | None = None, uncommitted: bool = False
         ),
         ("skypilot", ["cluster.mounts=[/data]"], "cluster.mounts: /data is no bucket and path"),
         ("skypilot", ["cluster.mounts=['s3://a:/a']"], "run.dir=runs/quickstart/nsr: lies in none of cluster.mounts"),
+        (
+            "skypilot",
+            ["cluster.mounts=['s3://a:/runs']", "run.dir=/runs/a"],
+            "model.path=runs/quickstart/base/hf: lies in none of cluster.m",
+        ),
+        ("docker", [IMAGE, "cluster.mounts=['/a:/b:ro']"], "cluster.mounts: /a:/b:ro: write SOURCE:PATH with an absolute PATH"),
         (None, ["cluster.secrets=[NOT_SET_ANYWHERE]"], "cluster.secrets: NOT_SET_ANYWHERE not set in this shell; export it"),
+        (None, ["cluster.gpus_per_node=2", "cluster.processes_per_node=4"], "cluster: processes_per_node=4: more than gpus_per_node=2"),
+        (None, ["cluster.processes_per_node=3", "parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 does not divide the 3"),
+        (None, ["cluster.processes_per_node=3", "parallel.tensor=2"], "(ranks: cluster.nodes=1 x 3 a node)"),
+        (None, ["rollout.tensor_parallel=2"], "rollout.tensor_parallel=2 does not divide the number of processes, 1"),
+        (
+            "slurm",
+            ["cluster.rollout.nodes=1", "cluster.rollout.servers_per_node=3", "cluster.gpus_per_node=8", "rollout.tensor_parallel=4"],
+            "cluster.rollout.servers_per_node=3 x rollout.tensor_parallel=4: more than cluster.gpus_per_node=8",
+        ),
+        ("slurm", ["cluster.slurm.time=four"], "cluster: slurm.time='four': give it as sbatch takes it"),
+        ("slurm", ["cluster.slurm.time=12:00:00"], "cluster: slurm.time=43200: write it in quotes"),
+        ("slurm", ["cluster.slurm.time='10'"], "cluster: slurm.grace_s=600 is not less than slurm.time=10: the run would be told to stop"),
+        ("slurm", ["cluster.slurm.options.ntasks_per_node=2"], "ntasks_per_node is set by processes_per_node; leave it out"),
+        ("slurm", ["cluster.slurm.options.N=2"], "N: give an option's long name"),
+        (
+            "slurm",
+            ["cluster.slurm.options.cpus_per_task=2", "cluster.slurm.options.cpus-per-task=3"],
+            "cpus-per-task stands there twice, as cpus_per_task and cpus-per-task",
+        ),
         (None, ["objective.nam=nsr"], "config: objective.nam: no such key; did you mean name?"),
     ],
 )
@@ -75,6 +101,47 @@ def test_wrong_input_is_one_line_that_names_the_field(checkout: Path, executor: 
         plan(*overrides, executor=executor)
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (checkout.parent / "home").exists()
+
+
+MODEL = {
+    **{"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 6},
+    **{"num_key_value_heads": 6, "vocab_size": 100, "max_position_embeddings": 512},
+}
+
+
+@pytest.mark.parametrize(
+    ("executor", "overrides", "message"),
+    [
+        (None, ["cluster.processes_per_node=4", "parallel.tensor=4"], "parallel.tensor=4 does not divide num_attention_heads=6"),
+        (None, ["parallel.pipeline=4"], "parallel.pipeline=4 does not divide num_hidden_layers=2"),
+        (None, ["parallel.expert=2"], "parallel.expert=2: the model has no experts"),
+        (
+            None,
+            ["cluster.processes_per_node=4", "rollout.tensor_parallel=4"],
+            "rollout.tensor_parallel=4 does not divide num_attention",
+        ),
+        (
+            "slurm",
+            ["cluster.rollout.nodes=1", "rollout.tensor_parallel=4"],
+            "rollout.tensor_parallel=4 does not divide num_attention",
+        ),
+        (
+            "docker",
+            [IMAGE, "cluster.mounts=[hf:/models]", "model.path=/models/m", "parallel.pipeline=4"],
+            "parallel.pipeline=4 does not divide",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused(checkout: Path, executor: str | None, overrides: list[str], message: str) -> None:
+    (checkout / "hf" / "m").mkdir(parents=True)
+    (checkout / "hf" / "m" / "config.json").write_text(json.dumps(MODEL))
+    with pytest.raises(UserError, match=message):
+        plan("model.path=hf/m", *overrides, executor=executor)
+
+
+@pytest.mark.parametrize("time", ["11", "10:01", "0:10:01", "04:00:00", "1-0", "1-12:30", "2-00:00:00", "UNLIMITED"])
+def test_a_time_limit_is_any_that_sbatch_takes(time: str) -> None:
+    assert Cluster.model_validate({"executor": "slurm", "slurm": {"time": time, "grace_s": 600}}).slurm.time == time
 
 
 def test_uncommitted_changes_are_refused_and_shipped_when_told_without_touching_the_checkout(checkout: Path, tmp_path: Path) -> None:
