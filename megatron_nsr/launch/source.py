@@ -1,6 +1,6 @@
 """Which code a job runs: a commit, so that a run can say what it was.
 
-May import: types and the standard library.
+May import: observability, types and the standard library.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_nsr.observability.environment import SHIPPED_COMMIT
+from megatron_nsr.observability.run_directory import write_json
 from megatron_nsr.types import UserError
 
 SHOWN = 5  # changed files
@@ -23,12 +25,13 @@ class Source:
     changed: bool
 
     def ship(self, target: Path) -> None:
-        """Writes the commit's files below `target`, which is created."""
+        """Writes the commit's files below `target`, which is created, and beside them what the run will say that it is made of."""
         target.mkdir(parents=True)
         archive = subprocess.Popen(["git", "-C", str(self.directory), "archive", "--format=tar", self.commit], stdout=subprocess.PIPE)
         subprocess.run(["tar", "-x", "-C", str(target)], stdin=archive.stdout, check=True)
         if archive.wait():
             raise RuntimeError(f"git archive {self.commit} ended with status {archive.returncode}")
+        write_json(target / SHIPPED_COMMIT, {"commit": self.commit, "dirty": self.changed})
 
 
 def find_source(directory: Path, *, uncommitted: bool) -> Source | None:

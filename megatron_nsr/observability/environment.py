@@ -5,6 +5,7 @@ May import: torch and the standard library.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ PACKAGES = (
     "numpy",
 )
 MIB = 1 << 20
+SHIPPED_COMMIT = "megatron_nsr_commit.json"  # `launch` writes it beside a copy of a commit's files, which is no checkout
 
 
 def describe_environment() -> dict[str, Any]:
@@ -42,8 +44,16 @@ def describe_environment() -> dict[str, Any]:
             "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB,
             "gpus": _gpus(),
         },
-        "git": describe_checkout(Path(__file__)),
+        "git": describe_code(Path(__file__)),
     }
+
+
+def describe_code(source: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the code that the package's file `source` belongs to: what `launch` shipped, or a checkout's."""
+    shipped = source.parents[2] / SHIPPED_COMMIT
+    if shipped.is_file():
+        return dict(json.loads(shipped.read_text(encoding="utf-8")))
+    return describe_checkout(source)
 
 
 def describe_checkout(source: Path) -> dict[str, Any] | None:
