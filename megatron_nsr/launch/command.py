@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_nsr.config_files import dump_config, load_config
 from megatron_nsr.launch import nemo, scripts, skypilot
-from megatron_nsr.launch.cluster import check_here, load_cluster, split_overrides, unset_secrets
+from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster, split_overrides, unset_secrets
 from megatron_nsr.launch.fits import check_fits
 from megatron_nsr.launch.job import Job, find_job, new_job, progress, write_record
 from megatron_nsr.launch.mounts import check_in_buckets, check_mounted
@@ -47,6 +47,8 @@ def launch(
         )
     nemo.require()
     prepare(job)
+    if note := _without_gpus(job.cluster):
+        print(note)
     print(f"job {job.id}: logs in {job.directory.path}, run in {job.record().run}", flush=True)
     if detach:
         nemo.submit(job, None)
@@ -92,6 +94,8 @@ def describe(job: Job) -> str:
     source = job.source
     code = f"commit {source.commit}{' with uncommitted changes' if source.changed else ''}" if source else "none: what is installed there"
     parts = [f"# job {job.id} in {job.directory.path}\n# code: {code}\n# config: {job.directory.config}, resolved\n"]
+    if note := _without_gpus(job.cluster):
+        parts.append(f"# {note}\n")
     if job.cluster.secrets:
         parts.append(f"# secrets, by name: {', '.join(job.cluster.secrets)}\n")
     shown = files(job)
@@ -139,6 +143,13 @@ def cancel(identity: str) -> None:
         return
     interrupt(directory, number)
     print(f"{identity}: told to stop after a checkpoint")
+
+
+def _without_gpus(cluster: Cluster) -> str | None:
+    """What a user of a cluster may have forgotten."""
+    if cluster.executor == "slurm" and cluster.gpus_per_node is None:
+        return "cluster.gpus_per_node is not given: the job asks for no GPUs, and its ranks run on CPUs"
+    return None
 
 
 def _state(identity: str) -> str:

@@ -5,6 +5,7 @@ May import: this package, config, types.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_nsr.config import Config
@@ -18,7 +19,7 @@ def split_mount(mount: str, cwd: Path) -> tuple[Path, Path]:
     Raises UserError where PATH, which the container sees, is not absolute.
     """
     written, colon, target = mount.rpartition(":")
-    source = cwd / Path(written if colon else target).expanduser()
+    source = Path(os.path.abspath(cwd / Path(written if colon else target).expanduser()))
     if colon and not target.startswith("/"):
         raise UserError(f"cluster.mounts: {mount}: write SOURCE:PATH with an absolute PATH and nothing behind it")
     return source, Path(target) if colon else source

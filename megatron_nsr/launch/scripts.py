@@ -68,6 +68,9 @@ def slurm_batch_lines(job: Job) -> str:
             "export MASTER_ADDR=${head_node_ip%% *} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
             "set +vx",
             "unset SLURM_UNBUFFEREDIO  # it gives every rank a terminal, and the log its control characters",
+            "# Since 22.05 srun does not take sbatch's --cpus-per-task; of a heterogeneous job both parts have the same",
+            "cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK_HET_GROUP_0}",
+            '[ -z "$cpus" ] || export SRUN_CPUS_PER_TASK=$cpus',
             "",
             "# A run that was told to stop wrote a checkpoint, with status 3: the job queues again and goes on, unless it was cancelled",
             f"exit_status={_quote(job.directory.exit_status)}",
@@ -118,7 +121,8 @@ def docker_command(job: Job) -> str:
     cluster = job.cluster
     options = [
         f'--rm --name {_quote(job.id)} --user "$(id -u):$(id -g)"',
-        "--network host --ipc host",
+        "--network host --ipc host --ulimit memlock=-1",
+        f"--env HOME={_quote(job.directory.path)}",  # this user has none in the image, and caches need one
         *([f"--gpus {cluster.gpus_per_node}"] if cluster.gpus_per_node else []),
         *(f"--env {name}" for name in cluster.secrets),
         *(f"--volume {_quote(mount)}" for mount in container_mounts(job)),

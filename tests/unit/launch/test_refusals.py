@@ -12,10 +12,13 @@ import pytest
 from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster
 from megatron_nsr.launch.command import launch, plan_job
 from megatron_nsr.launch.job import Job, find_job
+from megatron_nsr.launch.scripts import container_mounts
 from megatron_nsr.launch.source import find_source
+from megatron_nsr.observability.environment import describe_code
 from megatron_nsr.types import UserError
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+NOT_DETACHED = {"detach": False, "follow": False, "uncommitted": False}
 IMAGE = "cluster.image=example/image"
 
 
@@ -156,6 +159,9 @@ def test_uncommitted_changes_are_refused_and_shipped_when_told_without_touching_
     assert source and source.changed
     source.ship(tmp_path / "new")
     first.ship(tmp_path / "old")
+    for name, shipped in (("new", source), ("old", first)):
+        described = describe_code(tmp_path / name / "megatron_nsr" / "observability" / "environment.py")
+        assert described == {"commit": shipped.commit, "dirty": shipped.changed}
     assert (tmp_path / "new" / "reward.py").read_text() == "version = 2\n" and not (tmp_path / "new" / "notes.txt").exists()
     assert (tmp_path / "old" / "reward.py").read_text() == "version = 1\n"
     assert git(checkout, "status", "--porcelain") == before and git(checkout, "stash", "list") == ""
@@ -177,9 +183,23 @@ def test_a_secret_s_value_is_never_repeated(tmp_path: Path, secrets: str) -> Non
         assert "sesame" not in str(refused.value)
 
 
+def test_a_job_of_slurm_without_gpus_says_so(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, told in (([], 1), (["cluster.gpus_per_node=1"], 0)):
+        assert launch(CONFIG, overrides, cluster_file=None, executor="slurm", dry_run=True, **NOT_DETACHED) == 0
+        assert capsys.readouterr().out.count("# cluster.gpus_per_node is not given: the job asks for no GPUs") == told
+
+
+def test_a_relative_mount_is_below_the_working_directory(checkout: Path) -> None:
+    job = plan_job(
+        CONFIG, [IMAGE, "cluster.mounts=[../hf:/models,../data]"], cluster_file=None, executor="docker", dry_run=True, uncommitted=False
+    )
+    tmp = checkout.parent
+    assert container_mounts(job)[2:] == [f"{tmp}/hf:/models", f"{tmp}/data:{tmp}/data"]
+
+
 def test_a_dry_run_warns_of_a_secret_that_is_not_set(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["cluster.secrets=[NOT_SET_ANYWHERE]"]
-    assert launch(CONFIG, overrides, cluster_file=None, executor=None, dry_run=True, detach=False, follow=False, uncommitted=False) == 0
+    assert launch(CONFIG, overrides, cluster_file=None, executor=None, dry_run=True, **NOT_DETACHED) == 0
     assert "launch will refuse this: cluster.secrets: NOT_SET_ANYWHERE not set in this shell" in capsys.readouterr().err
 
 
@@ -204,7 +224,7 @@ def test_a_nemo_run_that_does_not_import_is_named_with_the_command_that_installs
 ) -> None:
     monkeypatch.setitem(sys.modules, "nemo_run", None)
     with pytest.raises(UserError, match=r"nemo-run does not import \(.*\): pip install --no-deps -r requirements/launch-py3\d+\.lock"):
-        launch(CONFIG, [], cluster_file=None, executor=None, dry_run=False, detach=False, follow=False, uncommitted=False)
+        launch(CONFIG, [], cluster_file=None, executor=None, dry_run=False, **NOT_DETACHED)
     assert not (checkout.parent / "home").exists()
 
 
