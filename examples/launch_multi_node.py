@@ -10,6 +10,7 @@ Starting this program again goes on with runs that were stopped, and adds nothin
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_nsr.launch.command import launch
@@ -40,7 +41,8 @@ def main() -> int:
                 uncommitted=False,
             )
         except UserError as error:
-            parser.error(str(error))
+            print(f"launch_multi_node: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

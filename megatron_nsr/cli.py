@@ -31,6 +31,16 @@ app = typer.Typer(
 jobs = typer.Typer(no_args_is_help=True, help="Jobs that `launch` started.")
 app.add_typer(jobs, name="job")
 
+
+def _one_of(*values: str) -> Callable[[str], list[str]]:
+    """What shell completion offers for an option."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")]
 JobName = Annotated[str, typer.Argument(help="as `launch` printed it", metavar="JOB")]
@@ -79,7 +89,13 @@ def launch(
         list[str] | None, typer.Argument(help="section.key=value, and cluster.key=value", metavar="[KEY=VALUE]...")
     ] = None,
     cluster: Annotated[Path | None, typer.Option(help="YAML file that says where the job runs; see docs/launching.md")] = None,
-    executor: Annotated[str | None, typer.Option(help="local, docker, slurm or skypilot; the same as cluster.executor=...")] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="local, docker, slurm or skypilot; the same as cluster.executor=...",
+            autocompletion=_one_of("local", "docker", "slurm", "skypilot"),
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be submitted, and submit nothing")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="return once the job is submitted; slurm only")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="print the job's log while it is written")] = False,
@@ -244,7 +260,7 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="GPUs of the run, servers' included", min=1)] = 8,
-    gpu: Annotated[str, typer.Option(help="h200, h100 or cpu")] = "h200",
+    gpu: Annotated[str, typer.Option(help="h200, h100 or cpu", autocompletion=_one_of("h200", "h100", "cpu"))] = "h200",
     prompt_mean: Annotated[float | None, typer.Option(help="prompt tokens, on average")] = None,
     response_mean: Annotated[float | None, typer.Option(help="response tokens, on average")] = None,
     response_spread: Annotated[float | None, typer.Option(help="standard deviation of response tokens over their mean", min=0.0)] = None,

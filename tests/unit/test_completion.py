@@ -41,6 +41,8 @@ def offered(*words: str) -> str:
     [
         (("megatron-nsr", "eva"), ["evaluate"]),
         (("megatron-nsr", "score", "--allow"), ["--allow-uneven"]),
+        (("megatron-nsr", "launch", "--executor", "s"), ["slurm", "skypilot"]),
+        (("megatron-nsr", "plan", "--gpu", "h"), ["h200", "h100"]),
         (("megatron-nsr", "nothing"), [""]),
     ],
 )

@@ -27,3 +27,9 @@ def test_a_dry_run_shows_a_job_of_two_nodes_for_each_objective(
     names = [line for line in shown.splitlines() if line.startswith("#SBATCH --job-name")]
     assert names == [f"#SBATCH --job-name=megatron_nsr.{name}" for name in ("psr", "nsr", "w-reinforce")]
     assert shown.count("#SBATCH --nodes=2\n") == shown.count("#SBATCH --ntasks-per-node=8\n") == 3
+
+
+def test_wrong_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch_multi_node.py", "--dry-run", "--cluster", str(tmp_path / "none.yaml")])
+    assert launch_multi_node.main() == 2
+    assert capsys.readouterr().err.splitlines() == [f"launch_multi_node: config file {tmp_path}/none.yaml: no such file"]
