@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def test_the_exit_status_is_the_job_s(tmp_path: Path, monkeypatch: pytest.Monkey
     steps = state(run)["step"] + 2
     output = finished(begin(small, run, f"run.steps={steps}"), 0)
     assert f"{run}: done at step {steps}" in output and steps_logged(run) == steps
+    assert len(json.loads((run / "environment.json").read_text())["git"]["commit"]) == 40
 
     output = finished(begin(small, tmp_path / "wrong", "data.train=nowhere.jsonl"), 2)
-    assert "megatron-nsr: data.train=nowhere.jsonl: no such file" in output
+    assert output.splitlines()[-1].startswith("megatron-nsr: data.train=nowhere.jsonl: no such file") and "ChildFailedError" not in output
