@@ -18,7 +18,7 @@ OF_TORCHRUN = re.compile(r"[IWE]\d{4} \S+ +\d+ (torch/distributed/|\S*[/.]torch[
 def last_words(lines: Sequence[str]) -> list[str]:
     """The lines without torchrun's notes and traceback, and without its report of the ranks where a rank said itself what was wrong.
 
-    A rank that was killed says nothing, and torchrun's report is all there is of it. Lines may have a rank in front, as srun's and SkyPilot's do.
+    A rank that was killed says nothing, and torchrun's report is all there is of it. Lines may have a rank in front, as SkyPilot's do.
     """
     report = next((index for index, line in enumerate(lines) if line.rstrip().endswith(REPORT)), None)
     before = list(lines if report is None else lines[: _start_of_traceback(lines, report)])
