@@ -1,6 +1,6 @@
 """The commands; no logic. Heavy imports wait for the command that needs them.
 
-Exit status: 0 done; 1 failed while running; 2 wrong input; 3 stopped by a signal after a clean checkpoint.
+Exit status: 0 done; 1 failed while running; 2 wrong input; 3 stopped by a signal, after a checkpoint of what is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ import typer
 from megatron_nsr.platform.quiet import ignore_library_warnings
 from megatron_nsr.types import RolloutsLost, UserError
 
+STATUS_VARIABLE = "MEGATRON_NSR_EXIT_STATUS"  # set by megatron_nsr.launch.scripts
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
 RANK_0_SPEAKS_FIRST_S = 1.0  # torchrun looks at its processes every 0.1 s
 
@@ -51,6 +53,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train, or resume the run in run.dir. Also: torchrun --nproc-per-node N -m megatron_nsr train CONFIG ..."""
 
     def work() -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop_at_once)  # until the trainer takes them over
         from megatron_nsr.config_files import load_config
 
         settings = load_config(config, overrides)
@@ -345,7 +349,7 @@ def _exit(work: Callable[[], int]) -> None:
     except Exception:
         traceback.print_exc()
         status = FAILED
-    if left := os.environ.get("MEGATRON_NSR_EXIT_STATUS"):
+    if left := os.environ.get(STATUS_VARIABLE):
         Path(left).write_text(f"{status}\n")  # for `launch`: torchrun turns a rank's status into 1
     sys.stdout.flush()
     sys.stderr.flush()
@@ -353,6 +357,18 @@ def _exit(work: Callable[[], int]) -> None:
         raise SystemExit(status)
     # A failed rank must not wait for the others in a collective that its teardown would start.
     os._exit(status)
+
+
+def _stop_at_once(number: int, _frame: FrameType | None) -> None:
+    """A signal while modules and input are read: nothing is written or running yet. Not by an exception, which an import could swallow.
+
+    The signal may be torchrun's, because another rank has met wrong input: the status that it left stays.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"megatron-nsr: {signal.Signals(number).name}: stopped before the run started; nothing was changed\n".encode())
+    if (left := os.environ.get(STATUS_VARIABLE)) and not Path(left).exists():
+        Path(left).write_text(f"{STOPPED}\n")
+    os._exit(STOPPED)
 
 
 def _say(problem: str, *, rank: int) -> None:

@@ -8,8 +8,24 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_nsr.observability.run_directory import RunDirectory
 from tests.integration.small_run import Small, finished, start, state, steps_logged, values, wait_until
+
+
+def test_a_signal_while_modules_load_stops_the_run_and_touches_nothing(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # tells each module once it is loaded
+    monkeypatch.setenv("MEGATRON_NSR_EXIT_STATUS", str(tmp_path / "exit_status"))
+    started = start(small.nsr(tmp_path / "run"), tmp_path / "loading.log")
+    wait_until(lambda: "megatron_nsr.config_files\n" in started.text, started, "it read the config")  # torch takes seconds from there
+    os.killpg(started.process.pid, signal.SIGTERM)
+    said = [line for line in finished(started, 3).splitlines() if not line.startswith("import time:")]
+    assert said == ["megatron-nsr: SIGTERM: stopped before the run started; nothing was changed"]
+    assert (tmp_path / "exit_status").read_text() == "3\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_is_stopped_twice_and_killed_once_ends_as_an_undisturbed_one(
