@@ -2,7 +2,7 @@
 
 May import: weights, this package, torch and the standard library; vLLM only in functions.
 
-A parameter is read from where sampling reads it. On CPU vLLM packs linear layers and the LM head into forms of oneDNN or of its own
+A parameter is read from where sampling reads it. On CPU vLLM packs linear layers and a float32 LM head into forms of oneDNN or of its own
 kernels, and drops the plain weight of a linear layer (vllm/model_executor/layers/utils.py, dispatch_cpu_unquantized_gemm, 0.32.0).
 Such a layer is read back by sending the unit vectors through it: one factor of each product is 1 and the others are 0, so
 the outputs are its weights, without rounding.
@@ -144,9 +144,12 @@ def _read(module: torch.nn.Module, name: str) -> Tensor:
         return read_experts(module, name)
     if getattr(module, name).dtype == E4M3:
         return _dequantized(module)
-    looked_up = isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)  # its packed copy is never used
-    if name != "weight" or looked_up or not hasattr(module, "cpu_linear"):
-        value: Tensor = getattr(module, name)
+    value: Tensor = getattr(module, name)
+    # An embedding's packed copy is never used, nor that of a head in bfloat16, whose logits are float32 (vllm_options.config_overrides;
+    # vllm/model_executor/layers/logits_processor.py, _apply_head).
+    packed_head = isinstance(module, ParallelLMHead) and value.dtype == torch.float32
+    plain = isinstance(module, VocabParallelEmbedding) and not packed_head
+    if name != "weight" or plain or not hasattr(module, "cpu_linear"):
         return value
     inputs = _linear_size(module)[0] if hasattr(module, "input_size") else module.embedding_dim
     outputs = []

@@ -95,6 +95,11 @@ def test_a_wrong_push_of_an_engine_in_fp8_is_found_and_named(seen: Seen) -> None
     assert len(seen["fp8_other"]) == 25
 
 
+def test_a_head_in_bfloat16_is_checked_where_its_logits_are_formed(seen: Seen) -> None:
+    wrong, sampled_the_same = seen["fp8_spoiled_head"]
+    assert wrong == ["lm_head.weight"] and not sampled_the_same
+
+
 def test_an_engine_in_fp8_samples_from_its_weights_and_not_exactly(seen: Seen) -> None:
     assert 1e-3 < seen["fp8_gap"] < seen["fp8_gap_of_other"] / 2
 

@@ -231,7 +231,14 @@ def fp8_cases(engine: VllmEngine, old: PreTrainedModel, new: PreTrainedModel) ->
     engine.wake("kv_cache")
     seen["fp8_after_sleep"] = wrong(new)
     seen["fp8_same"] = ids(engine.generate(asked, NO_STOP)) == ids(completions)
+    engine._llm.apply_model(spoil_head)
+    seen["fp8_spoiled_head"] = [wrong(new), ids(engine.generate(asked, NO_STOP)) == ids(completions)]
     return seen
+
+
+def spoil_head(model: torch.nn.Module) -> None:
+    """In place, where logits are formed from; whatever was packed from it stays right."""
+    dict(model.named_modules())["lm_head"].weight.data.neg_()
 
 
 def bfloat16_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
