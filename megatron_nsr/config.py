@@ -130,6 +130,11 @@ class Config(Section):
             raise ValueError(f"{recipe} needs model.dtype=bfloat16, not {model.dtype}")
         elif model.fp8 == "delayed" and model.fp8_edge_layers:
             raise ValueError(f"{edge} needs model.fp8=tensorwise or blockwise: delayed scaling is for all layers")
+        elif model.fp8 == "delayed" and self.rollout.max_logprob_gap is not None:
+            raise ValueError(
+                f"rollout.max_logprob_gap={self.rollout.max_logprob_gap:g} needs model.fp8=tensorwise or blockwise: with delayed scaling "
+                "a process's first log-probs are computed without scales, and would stop it; or set it to null"
+            )
 
     def _consistent_memory(self) -> None:
         for field, value in (("training.offload", self.training.offload), ("rollout.sleep_level", self.rollout.sleep_level)):

@@ -13,12 +13,13 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, Python knows this folder only
 
 from tools.acceptance import page, processes
 from tools.acceptance.part import BUSY, LIMIT_S, PARTS
-from tools.acceptance.results import device_name, mark_cut_short, read, summary
+from tools.acceptance.results import conclusion, device_name, mark_cut_short, read, summary
 
 RESULTS = processes.ROOT / "docs" / "results"
 
@@ -44,12 +45,13 @@ def main() -> None:
         parser.error(f"--json {arguments.json}: a dry run is no result; docs/results is for those of a GPU")
     with ExitStack() as stack:
         work = arguments.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu_acceptance_")))
-        held = [run_part(name, arguments.json, work.resolve(), dry=arguments.dry) for name in arguments.part or PARTS]
-    raise SystemExit(0 if all(held) else 1)
+        results = [run_part(name, arguments.json, work.resolve(), dry=arguments.dry) for name in arguments.part or PARTS]
+    print(conclusion(results))
+    raise SystemExit(0 if all(found["holds"] for found in results) else 1)
 
 
-def run_part(name: str, folder: Path, work: Path, *, dry: bool) -> bool:
-    """One part in a process of its own; whether what could run of it holds."""
+def run_part(name: str, folder: Path, work: Path, *, dry: bool) -> dict[str, Any]:
+    """One part in a process of its own; its result."""
     folder.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     file = folder.resolve() / f"{'dry' if dry else device_name()}-{name}.json"
@@ -66,7 +68,7 @@ def run_part(name: str, folder: Path, work: Path, *, dry: bool) -> bool:
         mark_cut_short(file, name, why)
     found = read(file)
     print(summary(found), flush=True)
-    return bool(found["holds"])
+    return found
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def compare(server: Server, workers: Sequence[Mapping[str, Any]], needed: Needed
     first = workers[0]
     pairs = {
         "model.dtype": (first["dtype"], needed.dtype),
+        "logits": (first["logits"], "float32"),
         "rollout.quantization": (first["quantization"], needed.quantization),
         "rollout.tensor_parallel": (len(workers), needed.workers),
         "logprobs_mode": (first["logprobs_mode"], "processed_logprobs"),

@@ -48,6 +48,7 @@ class WorkerExtension:
             **self.nsr_held(),
             "transport": config.weight_transfer_config.backend,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "logits": str(config.model_config.head_dtype).removeprefix("torch."),
             "quantization": config.model_config.quantization,
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": config.scheduler_config.max_num_seqs,

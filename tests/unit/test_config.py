@@ -186,6 +186,7 @@ def test_the_critic_s_learning_rate_is_no_lower_than_what_the_schedule_ends_at(f
         (["model.backend=cpu"], "model.fp8=delayed needs model.backend=te, Transformer Engine on a GPU, not cpu"),
         (["model.dtype=float32"], "model.fp8=delayed needs model.dtype=bfloat16, not float32"),
         (["model.fp8_edge_layers=2"], "model.fp8_edge_layers=2 needs model.fp8=tensorwise or blockwise"),
+        (["rollout.max_logprob_gap=0.5"], "rollout.max_logprob_gap=0.5 needs model.fp8=tensorwise or blockwise"),
     ],
 )
 def test_fp8_is_refused_where_nothing_could_compute_in_it(file: Path, given: list[str], expected: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ def summary(found: Mapping[str, Any]) -> str:
         lines += [f"  {name}: {check['check']}: {check['value']}" for check in step.get("checks", ()) if not check["holds"]]
     lines += [f"  goal, {goal_text(goal)}" for goal in found["goals"]]
     return "\n".join(lines)
+
+
+def conclusion(results: Sequence[Mapping[str, Any]]) -> str:
+    """What all parts come to, in one line: a goal that nothing was measured for fails no part, so it is counted."""
+    reached = [goal["reached"] for found in results for goal in found["goals"]]
+    held = sum(bool(found["holds"]) for found in results)
+    goals = f"{reached.count(True)} reached, {reached.count(False)} not reached, {reached.count(None)} open"
+    return f"{held} of {len(results)} parts hold; goals: {goals}"
 
 
 def goal_text(goal: Mapping[str, Any]) -> str:

@@ -151,6 +151,6 @@ def speed(record: Record, settings: Settings, work: Path, device: torch.device) 
             free_device_memory()
     ran = [seconds["bf16"] / value for name, value in seconds.items() if name != "bf16"] if "bf16" in seconds else []
     if ran:
-        record.goal("fp8", max(ran))
+        record.goal("fp8", max(ran))  # whose it is, the steps' seconds say
     else:
         record.open_goal("fp8", "no FP8 recipe ran beside BF16")

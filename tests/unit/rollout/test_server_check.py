@@ -21,8 +21,8 @@ from megatron_nsr.types import UserError
 MODEL = {"hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.02}
 NEEDED = Needed(transport=FILE_TRANSPORT, dtype="float32", quantization=None, workers=2, max_model_len=64, model=MODEL)
 DESCRIBED = {
-    "transport": FILE_TRANSPORT, "dtype": "float32", "quantization": None, "max_model_len": 64, "logprobs_mode": "processed_logprobs",
-    "model": MODEL, "names": ["a", "b"],
+    "transport": FILE_TRANSPORT, "dtype": "float32", "logits": "float32", "quantization": None, "max_model_len": 64,
+    "logprobs_mode": "processed_logprobs", "model": MODEL, "names": ["a", "b"],
 }  # fmt: skip
 Serve = Callable[..., Server]
 
@@ -97,6 +97,7 @@ def test_another_kind_of_server_is_told_from_one_that_is_not_there(serve: Serve)
     ("description", "said"),
     [
         ({"dtype": "bfloat16"}, "model.dtype bfloat16, not float32"),
+        ({"logits": "bfloat16"}, "logits bfloat16, not float32"),
         ({"quantization": "fp8_per_channel"}, "rollout.quantization fp8_per_channel, not None"),
         ({"workers": 1}, "rollout.tensor_parallel 1, not 2"),
         ({"max_model_len": 63}, "room for 63 tokens, not 64"),
