@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from megatron_nsr.platform.quiet import ignore_library_warnings
-from megatron_nsr.types import RolloutsLost, UserError
+from megatron_nsr.types import NoVerdicts, RolloutsLost, UserError
 
 STATUS_VARIABLE = "MEGATRON_NSR_EXIT_STATUS"  # set by megatron_nsr.launch.scripts
 DONE, FAILED, WRONG_INPUT, STOPPED = 0, 1, 2, 3
@@ -323,7 +323,7 @@ def doctor() -> None:
         from megatron_nsr.platform.doctor import can_train, diagnose, render
 
         checks = diagnose()
-        Console().print(render(checks))
+        Console().print(render(checks), crop=False)
         return DONE if can_train(checks) else FAILED
 
     _exit(work)
@@ -337,13 +337,13 @@ def main() -> None:
 
 
 def _exit(work: Callable[[], int]) -> None:
-    """Ends the process with the status of `work`: no traceback for wrong input and lost servers, one for any other failure."""
+    """Ends the process with the status of `work`: a traceback only for a failure that no error of ours foresaw."""
     try:
         status = work()
     except UserError as error:
         _say(str(error), rank=int(os.environ.get("RANK", "0")))
         status = WRONG_INPUT
-    except RolloutsLost as error:
+    except (RolloutsLost, NoVerdicts) as error:
         _say(str(error), rank=int(os.environ.get("RANK", "0")))
         status = FAILED
     except Exception:

@@ -21,7 +21,7 @@ from megatron_nsr.objectives.schedule import ObjectiveSchedule
 from megatron_nsr.objectives.signed import SignedObjective
 from megatron_nsr.observability.response_metrics import response_metrics
 from megatron_nsr.rewards.pool import GraderPool
-from megatron_nsr.rewards.sharing import grade_shared
+from megatron_nsr.rewards.sharing import grade_shared, require_verdicts
 from megatron_nsr.rollout.engine import Sampling
 from megatron_nsr.rollout.rollouts import Rollouts
 from megatron_nsr.types import Prompt, Trajectory, UserError, Verdict, WeightedSample
@@ -87,6 +87,8 @@ class GradedRollouts:
                 break  # the data has no others
             rounds.append(self._round(further, step, clock))
             groups = refilled(groups, rounds[-1])
+        every = [group for drawn in rounds for group in drawn]
+        require_verdicts([verdict for group in every for verdict in group.verdicts], self.graders, self.config.reward.grader)
         trajectories = [replace(trajectory, prompt=place) for place, group in enumerate(groups) for trajectory in group.trajectories]
         verdicts = [verdict for group in groups for verdict in group.verdicts]
         batch = build_step_batch(
@@ -100,7 +102,6 @@ class GradedRollouts:
             token_budget=self.config.rollout.max_response_tokens,
             critic_mini_batch_prompts=self.config.critic.mini_batch_prompts,
         )
-        every = [group for drawn in rounds for group in drawn]
         metrics = self._metrics(every, batch, step)
         metrics["rollout/rounds"] = float(len(rounds))
         if settings.name == "w_reinforce" and isinstance(objective, SignedObjective):

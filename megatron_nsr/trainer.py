@@ -28,7 +28,7 @@ from megatron_nsr.training.checkpoint_files import newest_checkpoint
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.critic import joined
 from megatron_nsr.training.schedule import learning_rate
-from megatron_nsr.types import Prompt, RolloutsLost, StepMetrics
+from megatron_nsr.types import NoVerdicts, Prompt, RolloutsLost, StepMetrics
 
 Result = TypeVar("Result")
 
@@ -76,14 +76,14 @@ class Trainer:
         self._resume()
 
     def run(self, loggers: MetricLogger) -> Status:
-        """Raises RolloutsLost where no rollout server is left, after a checkpoint of the last complete step."""
+        """Raises RolloutsLost where no rollout server is left, and NoVerdicts, after a checkpoint of the last complete step."""
         try:
             return self._steps(loggers)
-        except RolloutsLost as error:
+        except (RolloutsLost, NoVerdicts) as error:
             if self.checkpointed < self.step:
                 self._checkpoint(self.metrics)
             kept = f"a checkpoint of step {self.step} is written" if self.step else "no step is complete yet"
-            raise RolloutsLost(f"{error}; {kept}, and the same command goes on") from None
+            raise type(error)(f"{error}; {kept}, and the same command goes on") from None
 
     def _steps(self, loggers: MetricLogger) -> Status:
         device = self.parts.actor.groups.device

@@ -28,6 +28,13 @@ class RolloutsLost(RuntimeError):
     """
 
 
+class NoVerdicts(RuntimeError):
+    """A step's graded responses have no verdict, none of them: there is nothing to learn from. Raised on every rank alike.
+
+    The message says why they have none; exit status 1, without a traceback.
+    """
+
+
 class Outcome(str, Enum):
     """What a grader says of a response. Only `correct` and `wrong` train; `none` is masked and counted."""
 

@@ -31,6 +31,10 @@ CONSOLE_METRICS = (
 )
 
 
+# Why a response has no verdict, as the console tells it where there is one.
+NO_VERDICT_REASONS = (("reward/timeout_ratio", "timeout"), ("reward/crash_ratio", "crash"), ("reward/bad_gold_ratio", "bad gold"))
+
+
 class MetricLogger(Protocol):
     """Takes each step's metrics; `close` flushes and frees."""
 
@@ -171,7 +175,11 @@ class ConsoleLogger:
 def summarise(metrics: StepMetrics) -> str:
     """The few numbers of a step that a person watches, on one line."""
     shown = [(label, form, metrics.values[name]) for name, label, form in CONSOLE_METRICS if name in metrics.values]
-    return " ".join(f"{label} {form.format(float(value))}" for label, form, value in shown)
+    words = [f"{label} {form.format(float(value))}" for label, form, value in shown]
+    if missing := metrics.values.get("reward/no_verdict_ratio"):
+        reasons = [f"{label} {metrics.values[name]:.3f}" for name, label in NO_VERDICT_REASONS if metrics.values.get(name)]
+        words.insert(0, f"no verdict {missing:.3f}" + (f" ({', '.join(reasons)})" if reasons else ""))
+    return " ".join(words)
 
 
 def check_loggers(

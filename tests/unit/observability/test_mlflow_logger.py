@@ -110,7 +110,10 @@ def test_a_server_that_does_not_answer_is_wrong_input(tmp_path: Path, monkeypatc
 
 def test_without_mlflow_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(UserError, match=r"logging\.mlflow=file:.*pip install 'megatron_nsr\[mlflow\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"logging\.mlflow=file:.*pip install --no-deps -r \S*requirements/mlflow\.lock, .*pip install 'megatron_nsr\[mlflow\]'",
+    ):
         logger(tmp_path, tmp_path / "nsr")
 
 

@@ -46,6 +46,9 @@ def test_a_step_counted_by_hand() -> None:
     )
     assert got == {
         "reward/no_verdict_ratio": 0.25,
+        "reward/timeout_ratio": 0.25,
+        "reward/crash_ratio": 0.0,
+        "reward/bad_gold_ratio": 0.0,
         "reward/correct_ratio": pytest.approx(4 / 6),
         "reward/fully_solved_ratio": 0.5,
         "reward/never_solved_ratio": 0.0,

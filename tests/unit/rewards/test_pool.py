@@ -104,6 +104,8 @@ def test_memory_below_the_limit_is_granted(pool: GraderPool) -> None:
 def test_the_first_traceback_is_logged_once(pool: GraderPool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         pool.grade(items("bool", "no_such_method", "bool"))
+        pool.grade(items("no_such_method"))
+    assert pool.last_exception == "AttributeError: 'Obedient' object has no attribute 'no_such_method'"
     assert len(caplog.records) == 1
     assert "grade() returned bool, not a megatron_nsr.types.Verdict" in caplog.text
 
