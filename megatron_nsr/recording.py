@@ -5,7 +5,9 @@ May import: everything below the trainer.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +101,24 @@ def reporting_state(run: RunDirectory) -> Iterator[Progress]:
     except BaseException as error:
         progress.failed(error)
         raise
+
+
+@contextmanager
+def alone_in(run: RunDirectory) -> Iterator[None]:
+    """Holds the run's directory while the block lasts. A collective call. Raises UserError, on every rank, where another run here holds it.
+
+    Rank 0 holds an abstract Unix socket (unix(7)), which the kernel frees however the process ends. It knows of this machine alone: a lock
+    on a shared file system may outlive the node that took it, and would then refuse the job that Slurm has queued again.
+    """
+    name = hashlib.blake2b(str(run.path.resolve()).encode(), digest_size=16).hexdigest()
+    with socket.socket(socket.AF_UNIX) as held:
+        with distributed.rank_0_speaks_for_all():
+            try:
+                if distributed.launched_rank() == 0:
+                    held.bind(f"\0megatron_nsr/{name}")
+            except OSError:
+                raise UserError(f"run.dir={run.path}: a process of this machine is training in it; choose another run.dir") from None
+        yield
 
 
 def require_loggers(config: Config) -> None:

@@ -23,7 +23,7 @@ from megatron_nsr.observability.run_directory import RunDirectory, locate_run
 from megatron_nsr.observability.state import Status, read_state
 from megatron_nsr.platform import distributed
 from megatron_nsr.platform.signals import StopRequest
-from megatron_nsr.recording import Recorder, announce, check_gap, conclude, open_loggers, reporting_state, require_loggers
+from megatron_nsr.recording import Recorder, alone_in, announce, check_gap, conclude, open_loggers, reporting_state, require_loggers
 from megatron_nsr.training.checkpoint_files import newest_checkpoint
 from megatron_nsr.training.checkpoints import Checkpoints
 from megatron_nsr.training.critic import joined
@@ -43,11 +43,11 @@ def train(config: Config) -> Status:
             print(f"{run.path}: all {state.step} steps are done; raise run.steps to go on, or choose another run.dir")
         return "done"
     newest_checkpoint(run.checkpoints)  # a damaged one is found before the slow start
-    require_loggers(config)
     stop = StopRequest()
-    stop.install()
-    announce(config, inputs)
-    with ExitStack() as stack, reporting_state(run) as progress:
+    with alone_in(run), ExitStack() as stack, reporting_state(run) as progress:
+        require_loggers(config)
+        stop.install()
+        announce(config, inputs)
         trainer = Trainer(config, run, inputs, build_components(config, inputs, stack), stop)
         stop.install()  # the engine's start may have replaced the handlers
         progress.started(config, lambda: trainer.step)

@@ -13,7 +13,7 @@ from megatron_nsr.config import Config
 from megatron_nsr.config_files import parse_config
 from megatron_nsr.observability.run_directory import RunDirectory
 from megatron_nsr.observability.state import read_state, write_state
-from megatron_nsr.recording import Recorder, announce, check_gap, open_loggers, reporting_state
+from megatron_nsr.recording import Recorder, alone_in, announce, check_gap, open_loggers, reporting_state
 from megatron_nsr.types import StepMetrics, UserError
 
 
@@ -68,6 +68,18 @@ def test_any_rank_reports_a_failure_and_the_first_reason_stays(tmp_path: Path, m
     assert outcome(run) == ("failed", 3, "MemoryError: no room")
     fail(run, RuntimeError("connection closed by peer"), started_at=3)
     assert outcome(run) == ("failed", 3, "MemoryError: no room")
+
+
+def test_a_directory_is_one_run_s_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with alone_in(RunDirectory(tmp_path / "run")):
+        said = r"^run\.dir=run: a process of this machine is training in it; choose another run\.dir$"
+        with pytest.raises(UserError, match=said), alone_in(RunDirectory(Path("run"))):
+            pass
+        with alone_in(RunDirectory(tmp_path / "another")):
+            pass
+    with alone_in(RunDirectory(Path("run"))):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_step_moves_with_every_line(tmp_path: Path) -> None:
