@@ -5,8 +5,10 @@ May import: this package, config, config_files, models, rollout, observability, 
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_nsr.config_files import dump_config, load_config
@@ -50,11 +52,15 @@ def launch(
     if note := _without_gpus(job.cluster):
         print(note)
     print(f"job {job.id}: logs in {job.directory.path}, run in {job.record().run}", flush=True)
+    wait = None if detach else partial(wait_for, job.directory, job.record(), follow=follow)
+    try:
+        state = nemo.submit(job, wait)
+    except UserError:  # refused: there is no job
+        shutil.rmtree(job.directory.path)
+        raise
     if detach:
-        nemo.submit(job, None)
         print(f"megatron-nsr job status|logs|cancel {job.id}")
         return 0
-    state = nemo.submit(job, lambda current: wait_for(job.directory, job.record(), current, follow=follow))
     return exit_status(job.directory, job.record(), state, followed=follow)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_nsr.launch import nemo
 from megatron_nsr.launch.cluster import Cluster, check_here, load_cluster
 from megatron_nsr.launch.command import launch, plan_job
 from megatron_nsr.launch.job import Job, find_job
@@ -226,6 +227,17 @@ def test_a_nemo_run_that_does_not_import_is_named_with_the_command_that_installs
     with pytest.raises(UserError, match=r"nemo-run does not import \(.*\): pip install --no-deps -r requirements/launch-py3\d+\.lock"):
         launch(CONFIG, [], cluster_file=None, executor=None, dry_run=False, **NOT_DETACHED)
     assert not (checkout.parent / "home").exists()
+
+
+def test_a_job_that_sbatch_refuses_leaves_nothing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> str:
+        raise UserError("cluster.slurm: sbatch refused the job")
+
+    monkeypatch.setattr(nemo, "require", lambda: None)
+    monkeypatch.setattr(nemo, "submit", refuse)
+    with pytest.raises(UserError, match="sbatch refused the job"):
+        launch(CONFIG, [], cluster_file=None, executor=None, dry_run=False, **NOT_DETACHED)
+    assert list((checkout.parent / "home" / "megatron_nsr").iterdir()) == []
 
 
 def test_a_job_that_was_never_launched(checkout: Path) -> None:
