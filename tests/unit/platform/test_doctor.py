@@ -32,9 +32,9 @@ def checks() -> list[Check]:
 
 
 def text_of(checks: list[Check], width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(doctor.render(checks), crop=False)
-    return console.file.getvalue()  # type: ignore[attr-defined]  # Console types it as IO[str]
+    printed = io.StringIO()
+    Console(file=printed, width=width).print(doctor.render(checks), crop=False)
+    return printed.getvalue()
 
 
 def with_status(checks: list[Check], **changes: str) -> list[Check]:
